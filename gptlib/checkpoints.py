@@ -1,0 +1,223 @@
+"""Checkpoints that cannot be half-written.
+
+Tangled from book/chapters/A2_checkpoints.md; change it there, not here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+__all__ = [
+    "CheckpointError",
+    "HashingFile",
+    "sync_folder",
+    "write_atomically",
+    "write_text",
+    "Checkpoints",
+    "RunLock",
+    "lock_file",
+]
+
+# Writing whole or not at all
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing or damaged, or a folder in use; the message says what to do."""
+
+
+class HashingFile:
+    """A binary file that hashes what is written to it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable; Windows does so by itself."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_atomically(path: Path, write: Callable[[HashingFile], None]) -> str:
+    """Call `write(file)`, and only when all of it is on the disk give the file its name. Returns its SHA-256.
+
+    Temporary file in the same folder, flush, fsync, rename, fsync of the folder: at every moment
+    `path` is absent, the old file or the new one, never a part. A failed write leaves nothing behind.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as raw:
+            file = HashingFile(raw)
+            write(file)
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return file.sha256.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small text file, atomically."""
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+# A folder of checkpoints
+
+
+class Checkpoints:
+    """Checkpoints of one run: the last `keep` and the best, each with its SHA-256 beside it.
+
+    A checkpoint counts only when its `.sha256` is there and agrees. The hash is written after the
+    data, so a kill at any moment leaves an older whole checkpoint as the newest.
+    """
+
+    NAME = re.compile(r"step-(\d{8})\.pt")
+
+    def __init__(self, folder: Path, keep: int = 2, say: Callable[[str], None] = print):
+        self.folder, self.keep, self.say = Path(folder), keep, say
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.pt"
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint and a hash, oldest first; whether they agree is seen on loading."""
+        found = [self.NAME.fullmatch(p.name) for p in self.folder.glob("step-*.pt")]
+        return sorted(int(m[1]) for m in found if m and self.hash_path(int(m[1])).exists())
+
+    def hash_path(self, step: int) -> Path:
+        return self.path(step).with_suffix(".sha256")
+
+    def save(self, step: int, state: dict, *, best: int | None = None) -> None:
+        """Write one checkpoint, note which is the best, delete those no longer kept.
+
+        Raises CheckpointError if it cannot be written, a full disk for example.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            digest = write_atomically(self.path(step), lambda file: torch.save(state, file))
+            write_text(self.hash_path(step), f"{digest}  {self.path(step).name}\n")
+            if best is not None:
+                write_text(self.folder / "best", f"{best}\n")
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            raise CheckpointError(
+                f"step {step} could not be saved in {self.folder} ({error}); the checkpoints before it are whole: "
+                "make room and run the same command again"
+            ) from error
+        self.clean()
+
+    def best(self) -> int | None:
+        """Step of the best checkpoint, or None if it is not there."""
+        path = self.folder / "best"
+        step = int(path.read_text()) if path.exists() else None
+        return step if step in self.steps() else None
+
+    def clean(self) -> None:
+        """Delete checkpoints that are neither among the last `keep` nor the best, and what a kill left half-done."""
+        steps = self.steps()
+        kept = set(steps[-self.keep :]) | {self.best()}
+        for path in self.folder.glob("step-*"):
+            found = re.match(r"step-(\d{8})", path.name)
+            if found and int(found[1]) not in kept:
+                path.unlink(missing_ok=True)
+
+    def load(self, step: int) -> dict:
+        """The state saved at a step. Raises CheckpointError if the file is damaged or holds code."""
+        path = self.path(step)
+        try:
+            said = self.hash_path(step).read_text().split()[0]
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except (OSError, IndexError):
+            raise CheckpointError(
+                f"{path.name}: the file or its .sha256 is missing or empty"
+            ) from None
+        if found != said:
+            raise CheckpointError(
+                f"{path.name}: damaged (SHA-256 {found[:8]}, written as {said[:8]})"
+            )
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"{path.name}: refused: {str(error).strip().splitlines()[0]}"
+            ) from None
+
+    def load_newest(self) -> tuple[int, dict] | None:
+        """(step, state) of the newest whole checkpoint; each damaged newer one is reported and passed over.
+
+        None if there is no checkpoint at all; CheckpointError if there are some and none is whole.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return step, self.load(step)
+            except CheckpointError as error:
+                self.say(f"{error}; trying the one before it")
+        if steps:
+            raise CheckpointError(
+                f"{self.folder}: none of {len(steps)} checkpoints is whole; delete the run to begin again"
+            )
+        return None
+
+
+# One writer at a time
+
+
+class RunLock:
+    """Keeps two processes from writing one run folder. The lock ends with the process, however it ends."""
+
+    def __init__(self, folder: Path):
+        self.path = Path(folder) / "lock"
+
+    def __enter__(self) -> "RunLock":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("a+")
+        try:
+            lock_file(self.file)
+        except OSError:
+            self.file.seek(0)
+            holder = self.file.read().strip() or "unknown"
+            self.file.close()
+            raise CheckpointError(
+                f"{self.path.parent} is being written by process {holder}; wait for it or choose another --out"
+            ) from None
+        self.file.truncate(0)
+        self.file.write(str(os.getpid()))
+        self.file.flush()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.file.close()
+
+
+def lock_file(file) -> None:
+    """Lock an open file for this process or raise OSError at once."""
+    if os.name == "posix":
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
