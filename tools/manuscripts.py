@@ -34,7 +34,9 @@ class Chapter:
 
     @property
     def module(self) -> str:
-        return STEM.fullmatch(self.stem)["module"]
+        """The module it exports: the chapter's name, unless its header says `gptlib: {module: other}`."""
+        named = self.notebook.metadata.get("gptlib", {}).get("module")
+        return named or STEM.fullmatch(self.stem)["module"]
 
     @property
     def sort_key(self) -> tuple[int, int]:

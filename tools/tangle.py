@@ -107,7 +107,7 @@ def check_imports(chapter: Chapter, tree: ast.Module, earlier: set[str], modules
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for name in names:
             root, _, module = name.partition(".")
-            if root != "gptlib":
+            if root != "gptlib" or not module:
                 continue
             module = module.split(".")[0]
             if module not in modules:

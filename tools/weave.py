@@ -65,7 +65,7 @@ def inputs(chapter: Chapter) -> nbformat.NotebookNode:
         "jupytext": {"formats": "notebooks///ipynb,book/chapters///md:myst"},
         "kernelspec": KERNELSPEC,
         "language_info": {"name": "python"},
-        "gptlib": {"source_hash": source_hash(chapter)},
+        "gptlib": {**chapter.notebook.metadata.get("gptlib", {}), "source_hash": source_hash(chapter)},
     }
     return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
 

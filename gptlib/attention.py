@@ -1,0 +1,56 @@
+"""Attention: a weighted average of the past.
+
+Tangled from book/chapters/04_attention.md; change it there, not here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["attention_weights", "causal_attention", "Head"]
+
+# The form that goes into gptlib
+
+
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """Causal attention weights, the softmax of equation (1) of the report.
+
+    q: (..., T, d) queries, k: (..., S, d) keys with S >= T: the queries are those of the last T of S
+    positions. Returns (..., T, S); each row is non-negative, sums to 1 and is 0 after its position.
+    Source: Vaswani et al. 2017, section 3.2.1.
+    """
+    T, S, d = q.shape[-2], k.shape[-2], q.shape[-1]
+    scores = q @ k.transpose(-2, -1) / math.sqrt(d)  # (..., T, S)
+    past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
+    return scores.masked_fill(~past, float("-inf")).softmax(dim=-1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0) -> Tensor:
+    """Weighted average of the values of the past: `attention_weights(q, k) @ v`, by the fused kernel.
+
+    q: (..., T, d), k: (..., S, d), v: (..., S, d) with S >= T. Returns (..., T, d). dropout: the
+    probability of dropping a weight.
+    """
+    T, S = q.shape[-2], k.shape[-2]
+    if T == S:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    # is_causal counts from the first key, a cache needs it counted from the last: give the mask
+    past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=past, dropout_p=dropout)
+
+
+class Head(nn.Module):
+    """One causal self-attention head: (B, T, C) -> (B, T, head_size)."""
+
+    def __init__(self, n_embd: int, head_size: int):
+        super().__init__()
+        self.query = nn.Linear(n_embd, head_size, bias=False)
+        self.key = nn.Linear(n_embd, head_size, bias=False)
+        self.value = nn.Linear(n_embd, head_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return causal_attention(self.query(x), self.key(x), self.value(x))

@@ -1,0 +1,126 @@
+"""The model: embeddings, blocks and a tied head.
+
+Tangled from book/chapters/07_gpt.md; change it there, not here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gptlib.block import ACTIVATIONS, Block
+
+__all__ = ["GPTConfig", "GPT", "init_weights"]
+
+# The configuration
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of a GPT. The defaults are Table 1 of the report."""
+
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 384
+    block_size: int = 256  # tokens of context
+    bias: bool = False  # in linear layers and layer norms
+    vocab_size: int = 50304  # GPT-2's 50,257 padded to a multiple of 64
+    dropout: float = 0.0
+    activation: str = "gelu"  # "gelu" exact, "gelu_tanh" as GPT-2
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; every head needs the same width"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"unknown activation {self.activation!r}; there are {', '.join(ACTIVATIONS)}"
+            )
+
+
+# The model
+
+
+class GPT(nn.Module):
+    """GPT-2: token and position embeddings, `n_layer` blocks, a final norm, and a head tied to the embedding.
+
+    Weight names are GPT-2's (`wte`, `wpe`, `h.0.attn.c_attn`, ...). Source: Radford et al. 2019.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        c = self.config = config
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)  # also the output head
+        self.wpe = nn.Embedding(c.block_size, c.n_embd)
+        self.drop = nn.Dropout(c.dropout)
+        options = {"bias": c.bias, "dropout": c.dropout, "activation": c.activation}
+        self.h = nn.ModuleList(Block(c.n_embd, c.n_head, **options) for _ in range(c.n_layer))
+        self.ln_f = nn.LayerNorm(c.n_embd, bias=c.bias)
+        self.apply(init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith(
+                "c_proj.weight"
+            ):  # the 2 * n_layer layers that write to the residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer))
+
+    def hidden(self, tokens: Tensor, cache=None) -> Tensor:
+        """(B, T) int64 -> (B, T, C), what the head reads. Raises ValueError for more than block_size tokens."""
+        start = 0 if cache is None else cache.length
+        T = tokens.shape[1]
+        if start + T > self.config.block_size:
+            raise ValueError(
+                f"{start + T} tokens are more than the block_size of {self.config.block_size}; crop the oldest"
+            )
+        x = self.drop(self.wte(tokens) + self.wpe.weight[start : start + T])  # (B, T, C)
+        for i, block in enumerate(self.h):
+            x = block(x, None if cache is None else cache.layers[i])
+        return self.ln_f(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V) logits: the inner product with every token's embedding."""
+        return F.linear(hidden, self.wte.weight)
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T) int64 -> logits (B, T, V), and the mean cross-entropy in nats if there are targets (B, T)."""
+        logits = self.head(self.hidden(tokens))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def n_parameters(self, *, positions: bool = False) -> int:
+        """Number of parameters; without the position table unless `positions`, as in Table 1."""
+        total = sum(p.numel() for p in self.parameters())
+        return total if positions else total - self.wpe.weight.numel()
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of one training step per token, forward and backward.
+
+        Six per weight of every matmul, the head included, and 12 * n_layer * n_embd * block_size for
+        the two attention products. Source: Chowdhery et al. 2022, appendix B.
+        """
+        c = self.config
+        return 6 * self.n_parameters() + 12 * c.n_layer * c.n_embd * c.block_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
+
+
+def init_weights(module: nn.Module) -> None:
+    """GPT-2's initialisation: weights N(0, 0.02), biases 0; layer norms stay at 1 and 0."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,738 @@
+"""The training loop.
+
+Tangled from book/chapters/09_training_loop.md; change it there, not here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gptlib.batches import Batches, TokenFile, load_tokens, to_device
+from gptlib.checkpoints import CheckpointError, Checkpoints, RunLock, write_text
+from gptlib.corpus import cache_dir
+from gptlib.devices import (
+    Precision,
+    describe_machine,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    pick_precision,
+)
+from gptlib.distribution import World, join_world, leave_world
+from gptlib.gpt import GPT, GPTConfig
+from gptlib.objective import learning_rate, make_adamw
+from gptlib.tokenizer import Tokenizer, load_tokenizer
+from gptlib.watching import RowWriter, cut_rows, make_logger, watch
+
+__all__ = [
+    "RunError",
+    "NonFiniteError",
+    "TrainConfig",
+    "PRESETS",
+    "RunOptions",
+    "TrainState",
+    "WithLoss",
+    "plain_loss",
+    "MAX_SKIPPED_IN_A_ROW",
+    "train",
+    "check_division",
+    "seed_dropout",
+    "check_finite",
+    "EVAL_STEP",
+    "validation_loss",
+    "StopRequest",
+    "open_run",
+    "flat",
+    "run_training",
+    "Leg",
+    "Journal",
+    "adamw_of",
+    "LoadedRun",
+    "load_run",
+    "small_run",
+    "errors_in_one_line",
+    "main",
+]
+
+# What decides a run
+
+
+class RunError(ValueError):
+    """A run that cannot be started, resumed or read; the message names the cure."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient is no longer a number; the message names the step and the crops."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that decides the numbers of a run. The defaults are the report's run, on WikiText-103."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    corpus: str = "wikitext-103"
+    tokenizer: str = "gpt2"
+    seed: int = 1337
+    steps: int = 3400  # sets the schedule; stopping early is --max-steps
+    batch_size: int = 480  # sequences per step
+    learning_rate: float = 6e-4  # the peak
+    final_learning_rate: float = 6e-5
+    warmup_fraction: float = 800 / 3400  # of steps
+    decay_fraction: float = 6000 / 3400  # of steps; more than 1: stopped on the way down
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    eval_interval: int = 100  # steps
+    eval_sequences: int = 240  # crops of the validation split, the same each time
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the 0-based step."""
+        return learning_rate(
+            step,
+            peak=self.learning_rate,
+            final=self.final_learning_rate,
+            warmup_steps=round(self.warmup_fraction * self.steps),
+            decay_steps=max(1, round(self.decay_fraction * self.steps)),
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.model.block_size
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "TrainConfig":
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**values, "model": GPTConfig(**values["model"])})
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "eval_interval", "eval_sequences"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
+
+
+PRESETS = {
+    "demo": TrainConfig(
+        model=GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=2048),
+        corpus="tinywiki",
+        tokenizer="bpe-2048",
+        steps=500,
+        batch_size=16,
+        learning_rate=3e-3,
+        final_learning_rate=3e-4,
+        warmup_fraction=0.1,
+        decay_fraction=1.0,
+        eval_interval=100,
+        eval_sequences=64,
+    ),
+    "tinytiny": TrainConfig(),  # Table 1 of the report and its code's schedule
+    "gpt2": TrainConfig(
+        model=GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024),
+        steps=20_000,
+        warmup_fraction=0.035,
+        decay_fraction=1.0,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How and where a run is carried out; none of this is meant to change its numbers."""
+
+    out: Path  # folder of the run
+    device: str = "auto"
+    precision: str = "auto"
+    micro_batch_size: int = 12  # sequences per forward pass; bounds the memory
+    max_steps: int | None = None  # stop this leg after so many steps
+    max_minutes: float | None = None  # stop this leg after so many minutes
+    save_minutes: float = 10.0  # between checkpoints; one is also saved at every evaluation
+    keep: int = 2  # checkpoints kept besides the best
+    log: str = "none"  # or tensorboard, wandb
+    deterministic: bool = False  # deterministic CUDA kernels; the CPU's are anyway
+    progress: bool = True
+
+
+# The state of a run
+
+
+@dataclass
+class TrainState:
+    """Everything that a step changes, and so everything that a checkpoint holds."""
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0  # steps done; also the position in the data
+    best: float = math.inf  # lowest validation loss so far
+    best_step: int = 0
+    skipped: int = 0  # fp16 steps skipped because a gradient overflowed
+    skipped_in_a_row: int = 0
+
+    COUNTERS = ("step", "best", "best_step", "skipped", "skipped_in_a_row")
+
+    def state_dict(self) -> dict:
+        state = {
+            name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")
+        }
+        return state | {name: getattr(self, name) for name in self.COUNTERS}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:  # empty when the run was not fp16
+            self.scaler.load_state_dict(state["scaler"])
+        for name in self.COUNTERS:
+            setattr(self, name, state[name])
+
+
+class WithLoss(nn.Module):
+    """A model and its loss function as one module, so that whatever wraps it sees the whole computation."""
+
+    def __init__(self, model: GPT, loss_fn: Callable[[GPT, Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return self.loss_fn(self.model, tokens, targets)
+
+
+def plain_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats per token, from all logits at once."""
+    return model(tokens, targets)[1]
+
+
+# The loop
+
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+def train(
+    state: TrainState,
+    module: nn.Module,
+    batches: Batches,
+    config: TrainConfig,
+    *,
+    precision: Precision,
+    micro_batch_size: int,
+    on_step: Callable[[dict], bool],
+    world: World = World(),  # noqa: B008 (frozen)
+) -> None:
+    """Train until `config.steps`, or until `on_step(row)` returns True. `module` gives the loss of (tokens, targets)."""
+    n_micro = check_division(config.batch_size, micro_batch_size, world.size)
+    device, parameters = state.model.device, list(state.model.parameters())
+    state.model.train()
+    stop = False
+    while state.step < config.steps and not stop:
+        rate = config.rate(state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate * group.get("rate_factor", 1.0)
+        loss = torch.zeros((), device=device)
+        micro_batches = batches.micro_batches(state.step, micro_batch_size, world.rank, world.size)
+        for i, (x, y) in enumerate(to_device(micro_batches, device)):
+            seed_dropout(config, state.step, i, world.rank)
+            with world.accumulate(module, last=i == n_micro - 1):
+                with precision.autocast():
+                    part = module(x, y) / n_micro  # mean over the step, not over the micro-batch
+                state.scaler.scale(part).backward()
+            loss += part.detach()
+        state.scaler.unscale_(state.optimizer)  # the clip must see true gradients
+        norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        row = {"loss": world.mean(loss).item(), "grad_norm": norm.item(), "learning_rate": rate}
+        row["scale"] = state.scaler.get_scale()
+        check_finite(state, row, batches)
+        state.scaler.step(state.optimizer)  # skipped by itself if a gradient is not finite
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        stop = on_step({"step": state.step} | row)
+
+
+def check_division(batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-batches per process and step. Raises RunError if the batch does not divide evenly."""
+    n_micro, rest = divmod(batch_size, micro_batch_size * world_size)
+    if rest or not n_micro:
+        raise RunError(
+            f"batch_size {batch_size} is not a multiple of micro_batch_size {micro_batch_size} times "
+            f"{world_size} process(es); choose a --micro-batch-size that divides {batch_size // world_size}"
+        )
+    return n_micro
+
+
+def seed_dropout(config: TrainConfig, step: int, micro_batch: int, rank: int) -> None:
+    """Make dropout a function of where we are, so that a resumed run drops what the first one would have."""
+    if config.model.dropout:
+        key = f"{config.seed} {step} {micro_batch} {rank}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
+
+
+def check_finite(state: TrainState, row: dict, batches: Batches) -> None:
+    """Stop a run whose numbers went wrong, before the optimiser spreads them to the weights."""
+    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+        state.skipped_in_a_row = 0
+        return
+    where = f"step {state.step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}"
+    if state.scaler.is_enabled():
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        row["grad_norm"] = None  # JSON has no infinity
+        if state.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW and math.isfinite(row["loss"]):
+            return
+        where += f"; {state.skipped_in_a_row} steps skipped in a row"
+    offsets = ", ".join(str(o) for o in batches.offsets(state.step)[:8])
+    raise NonFiniteError(
+        f"{where}; the crops begin at tokens {offsets}, ...; the last checkpoint is whole: "
+        "lower the learning rate, or use --precision fp32"
+    )
+
+
+# Evaluation with crops of its own
+
+EVAL_STEP = 2**63  # a key that no training step has
+
+
+@torch.no_grad()
+def validation_loss(
+    module: nn.Module, batches: Batches, precision: Precision, micro_batch_size: int
+) -> float:
+    """Mean loss over one fixed set of crops, `batches.batch_size` of them. Draws from no training stream."""
+    device = next(module.parameters()).device
+    was_training = module.training
+    module.eval()
+    total = torch.zeros((), device=device)
+    for x, y in to_device(batches.micro_batches(EVAL_STEP, micro_batch_size), device):
+        with precision.autocast():
+            total += module(x, y) * len(x)
+    module.train(was_training)
+    return (total / batches.batch_size).item()
+
+
+# Stopping when asked
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag; a second one ends the process as usual."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame) -> None:
+        self.signal = number
+        print(
+            "\nstopping after this step; signal again to leave at once", file=sys.stderr, flush=True
+        )
+        for s in self.before:
+            signal.signal(s, signal.SIG_DFL)
+
+    def __exit__(self, *error) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+# A run folder
+
+
+def open_run(
+    config: TrainConfig, out: Path, tokenizer: Tokenizer, tokens: TokenFile, found: dict
+) -> dict:
+    """Write `run.json` and `tokenizer.json` for a new run, or check those of an old one. Returns the record.
+
+    Raises RunError if the folder holds a run of another configuration, tokenizer or data.
+    """
+    path = Path(out) / "run.json"
+    new = {
+        "config": dataclasses.asdict(config),
+        "machine": found,
+        "tokenizer_hash": tokenizer.hash,
+        "data": {split: record["sha256"] for split, record in tokens.manifest["splits"].items()},
+    }
+    if not path.exists():
+        if Path(out).exists() and any(p.name != "lock" for p in Path(out).iterdir()):
+            raise RunError(f"{out} is not empty and holds no run; choose another --out")
+        tokenizer.save(Path(out) / "tokenizer.json")
+        write_text(path, json.dumps(new, indent=1) + "\n")
+        return new
+    old = json.loads(path.read_text(encoding="utf-8"))
+    before, now = flat(old["config"]), flat(new["config"])
+    differing = [key for key in now if before.get(key) != now[key]]
+    if differing:
+        key = differing[0]
+        raise RunError(
+            f"{out} holds a run with {key} = {before.get(key)}, not {now[key]}; choose another --out or delete it"
+        )
+    for key, what in (("tokenizer_hash", "tokenizer"), ("data", "data")):
+        if old[key] != new[key]:
+            raise RunError(
+                f"{out} was trained with another {what} under the same name; choose another --out"
+            )
+    changed = [
+        f"{k} {old['machine'].get(k)} -> {v}"
+        for k, v in found.items()
+        if old["machine"].get(k) != v
+    ]
+    if changed:
+        print(
+            f"resuming on a changed machine ({'; '.join(changed)}): not bit for bit the same run",
+            file=sys.stderr,
+        )
+    return old
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    """A nested dictionary with dotted keys."""
+    items = {}
+    for key, value in values.items():
+        items |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return items
+
+
+def run_training(
+    config: TrainConfig,
+    options: RunOptions,
+    *,
+    loss_fn: Callable[[GPT, Tensor, Tensor], Tensor] = plain_loss,
+    make_optimizer: Callable[[GPT, TrainConfig], torch.optim.Optimizer] | None = None,
+) -> "LoadedRun | None":
+    """Start or resume the run in `options.out` and carry it on to its end, or to the end of this leg.
+
+    Returns the run as it stands (None in processes other than the first). Raises RunError,
+    CorpusError, TokenizerError, TokenFileError, CheckpointError, DeviceError, NonFiniteError.
+    """
+    world, device = join_world(pick_device(options.device))
+    try:
+        if not world.is_main:
+            world.wait()  # the main process fills the caches first
+            Leg(config, options, world, device, loss_fn, make_optimizer).run()
+            return None
+        with RunLock(options.out):
+            Leg(config, options, world, device, loss_fn, make_optimizer).run()
+        return load_run(options.out, which="last")
+    finally:
+        leave_world()
+
+
+class Leg:
+    """One stretch of a run, from where it stands to its end, a limit or a signal."""
+
+    def __init__(self, config, options, world, device, loss_fn, make_optimizer):
+        self.config, self.options, self.world, self.device = config, options, world, device
+        self.out = Path(options.out)
+        self.tokenizer = load_tokenizer(config.tokenizer)
+        if self.tokenizer.n_vocab > config.model.vocab_size:
+            raise RunError(
+                f"the tokenizer has {self.tokenizer.n_vocab} ids, the model room for {config.model.vocab_size}; raise vocab_size"
+            )
+        self.tokens = load_tokens(
+            config.corpus, self.tokenizer, progress=options.progress and world.is_main
+        )
+        self.precision = self.settle_precision()
+        if options.deterministic:
+            torch.use_deterministic_algorithms(True)
+        torch.manual_seed(config.seed)
+        model = GPT(config.model).to(device)
+        optimizer = (make_optimizer or adamw_of)(model, config)
+        self.state = TrainState(model, optimizer, self.precision.scaler())
+        self.module = WithLoss(model, loss_fn)
+        block = config.model.block_size
+        self.batches = Batches(
+            self.tokens.split("train").ids, config.batch_size, block, config.seed
+        )
+        held_out = self.tokens.split(
+            "validation" if "validation" in self.tokens.manifest["splits"] else "train"
+        )
+        self.eval_batches = Batches(held_out.ids, config.eval_sequences, block, config.seed)
+        self.checkpoints = Checkpoints(
+            self.out / "checkpoints", options.keep, say=lambda text: print(text, file=sys.stderr)
+        )
+
+    def settle_precision(self) -> Precision:
+        """The run's own precision if it has begun, so that a second measurement cannot change its numbers."""
+        path = self.out / "run.json"
+        name = self.options.precision
+        if name == "auto" and path.exists():
+            name = json.loads(path.read_text(encoding="utf-8"))["machine"]["precision"]
+        return pick_precision(self.device, name)
+
+    def run(self) -> None:
+        machine = describe_machine(self.device) | {
+            "precision": self.precision.name,
+            "processes": self.world.size,
+        }
+        if self.world.is_main:
+            open_run(self.config, self.out, self.tokenizer, self.tokens, machine)
+            self.world.wait()
+        newest = self.checkpoints.load_newest()
+        if newest:
+            self.state.load_state_dict(newest[1])
+        if self.world.is_main:
+            for name in (
+                "metrics.jsonl",
+                "timings.jsonl",
+            ):  # what was written after the checkpoint is done again
+                cut_rows(self.out / name, self.state.step if newest else -1)
+        if self.state.step >= self.config.steps:
+            return self.say(f"{self.out} is finished: {self.state.step} steps; nothing to do")
+        self.say(
+            f"{machine['device']}, {self.precision.name} ({self.precision.reason}), from step {self.state.step}"
+        )
+        module = self.world.wrap(self.module)
+        with Journal(self) as self.journal, StopRequest() as self.request:
+            if self.state.step == 0:
+                self.evaluate()
+            train(
+                self.state,
+                module,
+                self.batches,
+                self.config,
+                precision=self.precision,
+                micro_batch_size=self.options.micro_batch_size,
+                on_step=self.after_step,
+                world=self.world,
+            )
+        if self.state.step < self.config.steps:
+            self.say(
+                f"stopped at step {self.state.step} of {self.config.steps}, all of it saved; the same command goes on from here"
+            )
+
+    def after_step(self, row: dict) -> bool:
+        """Write the row, evaluate and save when it is time; returns whether this leg ends here."""
+        self.journal.step(row)
+        ends = self.state.step == self.config.steps
+        if ends or self.state.step % self.config.eval_interval == 0:
+            self.evaluate()
+        stop = self.world.any(
+            self.journal.limit_reached() or self.request.signal is not None, self.device
+        )
+        if (
+            ends
+            or stop
+            or self.state.step % self.config.eval_interval == 0
+            or self.journal.save_is_due()
+        ):
+            self.save()
+        return stop
+
+    def evaluate(self) -> None:
+        if self.world.is_main:
+            loss = validation_loss(
+                self.module, self.eval_batches, self.precision, self.options.micro_batch_size
+            )
+            if loss < self.state.best:
+                self.state.best, self.state.best_step = loss, self.state.step
+            self.journal.evaluation({"step": self.state.step, "validation_loss": loss})
+
+    def save(self) -> None:
+        if self.world.is_main:
+            began = time.perf_counter()
+            self.journal.sync()
+            self.checkpoints.save(
+                self.state.step, self.state.state_dict(), best=self.state.best_step
+            )
+            self.journal.saved(time.perf_counter() - began)
+
+    def say(self, text: str) -> None:
+        if self.world.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+
+class Journal:
+    """What a leg writes besides checkpoints: `metrics.jsonl` (exact), `timings.jsonl` (measured), the progress bar."""
+
+    def __init__(self, leg: Leg):
+        self.leg, self.active = leg, leg.world.is_main
+        self.began = self.last_step = self.last_save = time.perf_counter()
+        self.steps_done = 0
+        config, device = leg.config, leg.device
+        self.flops_per_step = leg.state.model.flops_per_token() * config.tokens_per_step
+        self.peak = peak_flops(device, leg.precision.name)
+
+    def __enter__(self) -> "Journal":
+        if self.active:
+            out, config = self.leg.out, self.leg.config
+            self.metrics, self.timings = (
+                RowWriter(out / "metrics.jsonl"),
+                RowWriter(out / "timings.jsonl"),
+            )
+            self.logger = make_logger(self.leg.options.log, out, dataclasses.asdict(config))
+            self.bar = tqdm(
+                total=config.steps,
+                initial=self.leg.state.step,
+                unit="step",
+                disable=not self.leg.options.progress,
+            )
+        return self
+
+    def step(self, row: dict) -> None:
+        now = time.perf_counter()
+        seconds, self.last_step = now - self.last_step, now
+        self.steps_done += 1
+        if not self.active:
+            return
+        tokens = self.leg.config.tokens_per_step
+        timing = {
+            "step": row["step"],
+            "seconds_per_step": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        if self.peak:
+            timing["mfu"] = self.flops_per_step / seconds / self.peak / self.leg.world.size
+        timing["peak_bytes"] = peak_memory(self.leg.device)
+        self.metrics.write(row)
+        self.timings.write(timing)
+        self.logger.log(row | timing, row["step"])
+        self.bar.update()
+        self.bar.set_postfix_str(
+            f"loss {row['loss']:.3f}, {timing['tokens_per_second']:,.0f} tokens/s", refresh=False
+        )
+
+    def evaluation(self, row: dict) -> None:
+        self.metrics.write(row)
+        self.logger.log(row, row["step"])
+        self.bar.write(
+            f"step {row['step']}: validation loss {row['validation_loss']:.4f}", file=sys.stderr
+        )
+        self.last_step = time.perf_counter()
+
+    def saved(self, seconds: float) -> None:
+        self.timings.write({"step": self.leg.state.step, "save_seconds": seconds})
+        self.last_step = self.last_save = time.perf_counter()
+
+    def sync(self) -> None:
+        """Rows reach the disk before the checkpoint that vouches for them."""
+        self.metrics.sync()
+        self.timings.sync()
+
+    def save_is_due(self) -> bool:
+        return time.perf_counter() - self.last_save >= 60 * self.leg.options.save_minutes
+
+    def limit_reached(self) -> bool:
+        options, minutes = self.leg.options, (time.perf_counter() - self.began) / 60
+        steps_up = options.max_steps is not None and self.steps_done >= options.max_steps
+        return steps_up or (options.max_minutes is not None and minutes >= options.max_minutes)
+
+    def __exit__(self, *error) -> None:
+        if self.active:
+            for thing in (self.metrics, self.timings, self.logger, self.bar):
+                thing.close()
+
+
+def adamw_of(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
+    """The report's optimiser: AdamW with the rates of its code."""
+    return make_adamw(model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
+
+
+# Reading a run back
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model with all that is needed to use it."""
+
+    path: Path
+    model: GPT
+    tokenizer: Tokenizer
+    config: TrainConfig
+    step: int
+
+
+def load_run(path: Path | str, *, which: str = "best", device: str = "cpu") -> LoadedRun:
+    """The model of a run: its `best` checkpoint (by validation loss) or its `last`.
+
+    Raises RunError for a folder that holds no run or no checkpoint yet, CheckpointError for damage.
+    """
+    path = Path(path)
+    if which not in ("best", "last"):
+        raise RunError(f"which is {which!r}; it must be best or last")
+    if not (path / "run.json").exists():
+        raise RunError(
+            f"{path}: no run there (no run.json); give the --out folder of a training run"
+        )
+    record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    config = TrainConfig.from_dict(record["config"])
+    tokenizer = Tokenizer.load(path / "tokenizer.json")
+    if tokenizer.hash != record["tokenizer_hash"]:
+        raise RunError(
+            f"{path}: tokenizer.json is not the tokenizer that the run was trained with; restore it"
+        )
+    checkpoints = Checkpoints(path / "checkpoints", say=lambda text: print(text, file=sys.stderr))
+    best = checkpoints.best() if which == "best" else None
+    newest = (best, checkpoints.load(best)) if best is not None else checkpoints.load_newest()
+    if newest is None:
+        raise RunError(f"{path}: no checkpoint yet; let the run reach its first one")
+    model = GPT(config.model)
+    model.load_state_dict(newest[1]["model"])
+    return LoadedRun(path, model.to(pick_device(device)).eval(), tokenizer, config, newest[0])
+
+
+def small_run() -> LoadedRun:
+    """A model trained on TinyWiki for under a minute, once; afterwards it comes from the cache.
+
+    The cache is keyed by its configuration and by gptlib's sources, so it can never be out of date.
+    """
+    config = dataclasses.replace(PRESETS["demo"], steps=250, eval_interval=125)
+    digest = hashlib.sha256(repr(config).encode())
+    for name in (
+        "tinywiki",
+        "tokenizer",
+        "batches",
+        "attention",
+        "multi_head",
+        "block",
+        "gpt",
+        "objective",
+        "training",
+    ):
+        digest.update(
+            (Path(sys.modules[GPT.__module__].__file__).parent / f"{name}.py").read_bytes()
+        )
+    out = cache_dir() / "small_runs" / digest.hexdigest()[:16]
+    options = RunOptions(out=out, precision="fp32", micro_batch_size=16, progress=False)
+    with contextlib.redirect_stderr(io.StringIO()):
+        return run_training(config, options)
+
+
+@contextlib.contextmanager
+def errors_in_one_line():
+    """For command lines: what a user can mend ends the program with one line instead of a traceback."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        sys.exit(
+            "gptlib: out of memory; halve --micro-batch-size (the tokens per step stay the same)"
+        )
+    except (ValueError, FileNotFoundError, ImportError, CheckpointError, NonFiniteError) as error:
+        sys.exit(f"gptlib: {error}")
+
+
+def main() -> None:
+    """`python -m gptlib.training watch RUN`: follow a run that another process trains."""
+    if len(sys.argv) != 3 or sys.argv[1] != "watch":
+        sys.exit("usage: python -m gptlib.training watch RUN")
+    with errors_in_one_line(), contextlib.suppress(KeyboardInterrupt):
+        watch(Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()
