@@ -56,10 +56,15 @@ def cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text. A long document comes as several pieces; only its first has `starts`."""
+    """A stretch of text. A long document comes as several pieces; only its first has `starts`.
+
+    lines: how many lines of the source it holds. WikiText counts a blank line too, though the
+    `datasets` library hands it over as an empty row.
+    """
 
     text: str
     starts: bool = True
+    lines: int = 0
 
 
 MAX_PIECE = 1_000_000  # characters; bounds the memory that one piece of a huge document takes
@@ -80,16 +85,16 @@ def documents_of_rows(rows: Iterator[str]) -> Iterator[Piece]:
         if lines is None and row.strip():
             lines = bool(TITLE.fullmatch(row))
         if lines is False:
-            yield Piece("".join([*article, row]))
+            yield Piece("".join([*article, row]), lines=row.count("\n"))
             article = []
             continue
         if blank and TITLE.fullmatch(row) and any(line.strip() for line in article):
-            yield Piece("".join(article))
+            yield Piece("".join(article), lines=len(article))
             article = []
         article.append(row)
         blank = not row.strip()
     if article:
-        yield Piece("".join(article))
+        yield Piece("".join(article), lines=len(article))
 
 
 # Reading a split
@@ -149,7 +154,8 @@ def text_file(path: Path) -> Corpus:
                     block = file.read(min(MAX_PIECE, stop - place))
                     if file.tell() < stop:
                         block += file.readline()
-                    yield Piece(decode(block, path, place), starts=first)
+                    text = decode(block, path, place)
+                    yield Piece(text, starts=first, lines=text.count("\n"))
                     first = False
 
         return pieces
@@ -214,7 +220,11 @@ def titled(split) -> Iterator[Piece]:
     last = None
     for batch in split.iter(100):
         for title, text in zip(batch["title"], batch["text"], strict=True):
-            yield Piece(text if title != last else "\n" + text, starts=title != last)
+            yield Piece(
+                text if title != last else "\n" + text,
+                starts=title != last,
+                lines=text.count("\n") + 1,
+            )
             last = title
 
 
@@ -266,7 +276,9 @@ def tinywiki(seed: int = 0) -> Corpus:
     wiki = TinyWiki(seed=seed)
 
     def reader(split):
-        return lambda: (Piece(article.text) for article in wiki.articles(split))
+        return lambda: (
+            Piece(article.text, lines=article.text.count("\n")) for article in wiki.articles(split)
+        )
 
     return Corpus("tinywiki", {split: reader(split) for split in DEFAULT_BYTES})
 

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -40,7 +41,7 @@ ODD = [
     "数学 데이터 مرحبا שלום हिन्दी",
     "👩‍👩‍👧‍👦🏳️‍🌈é e\u0301",
     "\u00a0\u2003\u3000x\u200b\ufeff",
-    "\x00\x01\x7f\x85",
+    "\x00\x01\x7f\x85 \x1c\x1d\x1e\x1f x",
     "½ ² Ⅷ ٣٤ 1234567890",
     f"before{END_OF_TEXT}after",
     "a" * 300,
@@ -48,16 +49,20 @@ ODD = [
 ]
 
 
+# Characters whose class no edition of Unicode disputes: the two regex engines may follow different ones.
+OLD_CHARACTERS = [
+    chr(code)
+    for code in range(0x110000)
+    if unicodedata.ucd_3_2_0.category(chr(code)) not in ("Cn", "Cs")
+]
+
+
 def random_text(rng: random.Random, length: int) -> str:
     """Mostly a small alphabet, so that pairs repeat; now and then any character at all."""
-    chars = []
-    for _ in range(length):
-        if rng.random() < 0.1:
-            code = rng.randrange(0x110000 - 0x800)
-            chars.append(chr(code if code < 0xD800 else code + 0x800))
-        else:
-            chars.append(rng.choice("aaabbn  's1.\n\tésλ語👍"))
-    return "".join(chars)
+    common = "aaabbn  's1.\n\tésλ語👍"
+    return "".join(
+        rng.choice(OLD_CHARACTERS if rng.random() < 0.1 else common) for _ in range(length)
+    )
 
 
 def train_slowly(texts: list[str], vocab_size: int) -> list[tuple[bytes, bytes]]:
@@ -135,7 +140,9 @@ def test_own_encoder_equals_tiktoken_on_random_bytes(own):
     rng = random.Random(3)
     alphabet = b"aenth \xc3\xa9\xff\x00"
     for _ in range(1000):
-        word = bytes(rng.choices(alphabet, k=rng.randrange(1, 60))) + rng.randbytes(rng.randrange(5))
+        word = bytes(rng.choices(alphabet, k=rng.randrange(1, 60))) + rng.randbytes(
+            rng.randrange(5)
+        )
         ids = encode_word(word, own.ranks)
         assert ids == own.encoding._core_bpe.encode_single_piece(word)
         assert own.decode_bytes(ids) == word
@@ -230,9 +237,7 @@ def test_the_hash_sees_what_decides_ids(own):
     assert Tokenizer("other name", own.ranks).hash == own.hash
     assert Tokenizer("own", own.ranks, r"\S+|\s+").hash != own.hash
     merges = [(b"a", b"b"), (b"b", b"c")]
-    assert (
-        Tokenizer.from_merges(merges, "x").hash != Tokenizer.from_merges(merges[::-1], "x").hash
-    )
+    assert Tokenizer.from_merges(merges, "x").hash != Tokenizer.from_merges(merges[::-1], "x").hash
 
 
 def change_token(stored: dict) -> None:
@@ -278,7 +283,9 @@ def test_truncated_files(own, tmp_path, keep):
         load_tokenizer(path)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"tokens": [1]}', "null", '"text"', "\ud7ff\u0100"])
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"tokens": [1]}', "null", '"text"', "\ud7ff\u0100"]
+)
 def test_files_of_something_else(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_text(content, encoding="utf-8")
@@ -313,7 +320,7 @@ def offline(tmp_path, code: str) -> subprocess.CompletedProcess:
     """Run code where there is no cached vocabulary, and nothing but a dead proxy to ask for one."""
     dead = "http://127.0.0.1:9"
     environment = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path), "NO_PROXY": "", "no_proxy": ""}
-    environment |= {name: dead for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")}
+    environment |= dict.fromkeys(("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"), dead)
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
     )

@@ -74,13 +74,17 @@ def chapters() -> list[Chapter]:
     found = [Chapter(path) for path in CHAPTERS.glob("*.md")]
     for chapter in found:
         if not STEM.fullmatch(chapter.stem):
-            raise ManuscriptError(f"{chapter.path.name}: name it NN_name.md, such as 04_attention.md")
+            raise ManuscriptError(
+                f"{chapter.path.name}: name it NN_name.md, such as 04_attention.md"
+            )
     return sorted(found, key=lambda chapter: chapter.sort_key)
 
 
 def plain_python(source: str) -> str:
     """The cell's source with IPython magics and shell lines blanked out, so that `ast` can read it."""
-    return "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.split("\n"))
+    return "\n".join(
+        "" if line.lstrip().startswith(("%", "!")) else line for line in source.split("\n")
+    )
 
 
 def gptlib_imports(source: str) -> set[str]:

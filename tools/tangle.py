@@ -1,7 +1,7 @@
 """Tangle: the cells tagged `export` of book/chapters/NN_name.md become gptlib/name.py.
 
-    python tools/tangle.py            write every module
-    python tools/tangle.py --check    write nothing; exit 1 with a diff if a module is out of date
+python tools/tangle.py            write every module
+python tools/tangle.py --check    write nothing; exit 1 with a diff if a module is out of date
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def tangle(chapter: Chapter, earlier: set[str], modules: set[str]) -> str:
                 continue
             for name in bound_names(node):
                 if name in defined:
-                    raise ManuscriptError(f"{chapter.stem}: exports {name!r} twice; tag only the last version of it")
+                    raise ManuscriptError(
+                        f"{chapter.stem}: exports {name!r} twice; tag only the last version of it"
+                    )
                 defined[name] = heading
                 if not name.startswith("_"):
                     public.append(name)
@@ -53,9 +55,15 @@ def tangle(chapter: Chapter, earlier: set[str], modules: set[str]) -> str:
             if heading != written_heading:
                 body.append(f"# {heading}")
                 written_heading = heading
-            body.append("\n\n\n".join(statements) if len(statements) > 1 and has_definition(tree) else "\n".join(statements))
+            body.append(
+                "\n\n\n".join(statements)
+                if len(statements) > 1 and has_definition(tree)
+                else "\n".join(statements)
+            )
     if not body:
-        raise ManuscriptError(f"{chapter.stem}: no cell is tagged `export`, so there is no module to write")
+        raise ManuscriptError(
+            f"{chapter.stem}: no cell is tagged `export`, so there is no module to write"
+        )
     docstring = f'"""{chapter.title}.\n\nTangled from book/chapters/{chapter.stem}.md; change it there, not here.\n"""'
     parts = [docstring, "from __future__ import annotations", "\n".join(dict.fromkeys(imports))]
     names = ", ".join(repr(name) for name in public)
@@ -77,7 +85,9 @@ def parse(chapter: Chapter, source: str) -> ast.Module:
         return ast.parse(source)
     except SyntaxError as error:
         line = (error.text or "").strip()
-        raise ManuscriptError(f"{chapter.stem}: an export cell is not plain Python: {line!r} ({error.msg})") from None
+        raise ManuscriptError(
+            f"{chapter.stem}: an export cell is not plain Python: {line!r} ({error.msg})"
+        ) from None
 
 
 def with_comments(source: str, tree: ast.Module):
@@ -94,8 +104,19 @@ def bound_names(node: ast.stmt) -> list[str]:
     """Module-level names that a statement defines."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return [leaf.id for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Store)]
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, ast.AnnAssign)
+        else []
+    )
+    return [
+        leaf.id
+        for target in targets
+        for leaf in ast.walk(target)
+        if isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Store)
+    ]
 
 
 def has_definition(tree: ast.Module) -> bool:
@@ -104,7 +125,13 @@ def has_definition(tree: ast.Module) -> bool:
 
 def check_imports(chapter: Chapter, tree: ast.Module, earlier: set[str], modules: set[str]) -> None:
     for node in ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
         for name in names:
             root, _, module = name.partition(".")
             if root != "gptlib" or not module:
@@ -113,7 +140,9 @@ def check_imports(chapter: Chapter, tree: ast.Module, earlier: set[str], modules
             if module not in modules:
                 raise ManuscriptError(f"{chapter.stem}: imports {name!r}, which no chapter makes")
             if module not in earlier:
-                raise ManuscriptError(f"{chapter.stem}: imports {name!r}, which a later chapter makes; move the code or the import")
+                raise ManuscriptError(
+                    f"{chapter.stem}: imports {name!r}, which a later chapter makes; move the code or the import"
+                )
 
 
 def ruff(chapter: Chapter, source: str) -> str:
@@ -121,16 +150,24 @@ def ruff(chapter: Chapter, source: str) -> str:
     python = [sys.executable, "-m", "ruff"]
     name = ["--stdin-filename", str(PACKAGE / f"{chapter.module}.py")]
     for command in (["check", "--select", "I,F401", "--fix", "--quiet"], ["format", "--quiet"]):
-        done = subprocess.run(python + command + name + ["-"], input=source, capture_output=True, text=True)
+        done = subprocess.run(
+            python + command + name + ["-"], input=source, capture_output=True, text=True
+        )
         if done.returncode and command[0] == "format" or not done.stdout:
-            raise ManuscriptError(f"{chapter.stem}: ruff {command[0]} failed: {done.stderr.strip()}")
+            raise ManuscriptError(
+                f"{chapter.stem}: ruff {command[0]} failed: {done.stderr.strip()}"
+            )
         source = done.stdout
     return source
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=textwrap.dedent(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a module is out of date")
+    parser = argparse.ArgumentParser(
+        description=textwrap.dedent(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if a module is out of date"
+    )
     options = parser.parse_args()
     everything = chapters()
     modules = {chapter.module for chapter in everything}
@@ -139,7 +176,9 @@ def main() -> None:
     earlier: set[str] = set()
     for chapter in everything:
         if chapter.module in earlier:
-            raise ManuscriptError(f"{chapter.stem}: another chapter already makes gptlib/{chapter.module}.py; rename one")
+            raise ManuscriptError(
+                f"{chapter.stem}: another chapter already makes gptlib/{chapter.module}.py; rename one"
+            )
         path = PACKAGE / f"{chapter.module}.py"
         expected.add(path.name)
         new = tangle(chapter, earlier, modules)
@@ -149,13 +188,22 @@ def main() -> None:
             continue
         if options.check:
             stale.append(path.name)
-            sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), f"gptlib/{path.name}", f"book/chapters/{chapter.stem}.md"))
+            sys.stdout.writelines(
+                difflib.unified_diff(
+                    old.splitlines(True),
+                    new.splitlines(True),
+                    f"gptlib/{path.name}",
+                    f"book/chapters/{chapter.stem}.md",
+                )
+            )
         else:
             path.write_text(new, encoding="utf-8")
             print(f"tangled {chapter.stem} -> gptlib/{path.name}")
     orphans = sorted({path.name for path in PACKAGE.glob("*.py")} - expected)
     if orphans:
-        raise ManuscriptError(f"gptlib/{orphans[0]}: no chapter makes this module; delete it or write its chapter")
+        raise ManuscriptError(
+            f"gptlib/{orphans[0]}: no chapter makes this module; delete it or write its chapter"
+        )
     if stale:
         sys.exit(f"out of date: {', '.join(stale)}; {CURE}")
 

@@ -45,9 +45,13 @@ def source_hash(chapter: Chapter) -> str:
     Prose does not count, so that mending a sentence never makes a notebook stale.
     """
     code = [cell.source for cell in chapter.code_cells]
-    needed = set().union(*(imports_of_module(name) for source in code for name in gptlib_imports(source)))
+    needed = set().union(
+        *(imports_of_module(name) for source in code for name in gptlib_imports(source))
+    )
     digest = hashlib.sha256()
-    for part in code + [(PACKAGE / f"{name}.py").read_text(encoding="utf-8") for name in sorted(needed)]:
+    for part in code + [
+        (PACKAGE / f"{name}.py").read_text(encoding="utf-8") for name in sorted(needed)
+    ]:
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
 
@@ -58,19 +62,28 @@ def inputs(chapter: Chapter) -> nbformat.NotebookNode:
     for cell in chapter.notebook.cells:
         key = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:10]
         seen[key] = seen.get(key, 0) + 1
-        make = nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
-        metadata = {name: cell.metadata[name] for name in ("tags", "mystnb") if name in cell.metadata}
+        make = (
+            nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
+        )
+        metadata = {
+            name: cell.metadata[name] for name in ("tags", "mystnb") if name in cell.metadata
+        }
         cells.append(make(cell.source, id=f"{key}-{seen[key]}", metadata=metadata))
     metadata = {
         "jupytext": {"formats": "notebooks///ipynb,book/chapters///md:myst"},
         "kernelspec": KERNELSPEC,
         "language_info": {"name": "python"},
-        "gptlib": {**chapter.notebook.metadata.get("gptlib", {}), "source_hash": source_hash(chapter)},
+        "gptlib": {
+            **chapter.notebook.metadata.get("gptlib", {}),
+            "source_hash": source_hash(chapter),
+        },
     }
     return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
 
 
-def with_stored_outputs(fresh: nbformat.NotebookNode, stored: nbformat.NotebookNode) -> nbformat.NotebookNode:
+def with_stored_outputs(
+    fresh: nbformat.NotebookNode, stored: nbformat.NotebookNode
+) -> nbformat.NotebookNode:
     """`fresh` with the outputs of `stored` for each cell that is in both."""
     old = {cell.id: cell for cell in stored.cells if cell.cell_type == "code"}
     for cell in fresh.cells:
@@ -88,14 +101,21 @@ def problem(chapter: Chapter, path: Path) -> str:
         return "its input cells differ from the manuscript's"
     if stored.metadata.get("gptlib", {}).get("source_hash") != fresh.metadata.gptlib.source_hash:
         return "a cell or an imported module changed since it was executed"
-    if any(cell.execution_count is None for cell in stored.cells if cell.cell_type == "code" and cell.source):
+    if any(
+        cell.execution_count is None
+        for cell in stored.cells
+        if cell.cell_type == "code" and cell.source
+    ):
         return "a cell was never executed"
     return ""
 
 
 def same_inputs(one: nbformat.NotebookNode, other: nbformat.NotebookNode) -> bool:
     def view(notebook):
-        return [(c.cell_type, c.source, c.metadata.get("tags", []), c.metadata.get("mystnb", {})) for c in notebook.cells]
+        return [
+            (c.cell_type, c.source, c.metadata.get("tags", []), c.metadata.get("mystnb", {}))
+            for c in notebook.cells
+        ]
 
     return view(one) == view(other)
 
@@ -125,17 +145,27 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
         for output in cell.outputs:
             if "execution_count" in output:
                 output["execution_count"] = number + 1
-            found = [place for place in (str(ROOT), str(Path.home())) if len(place) > 5 and place in str(output)]
+            found = [
+                place
+                for place in (str(ROOT), str(Path.home()))
+                if len(place) > 5 and place in str(output)
+            ]
             if found:
-                raise ManuscriptError(f"an output names a folder of this machine: {found[0]}; print something shorter in\n{cell.source}")
+                raise ManuscriptError(
+                    f"an output names a folder of this machine: {found[0]}; print something shorter in\n{cell.source}"
+                )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=textwrap.dedent(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=textwrap.dedent(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("chapters", nargs="*", metavar="NN_name", help="only these chapters")
     parser.add_argument("--all", action="store_true", help="execute even what has not changed")
     parser.add_argument("--inputs", action="store_true", help="update input cells, execute nothing")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a notebook is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if a notebook is out of date"
+    )
     parser.add_argument("--to", type=Path, default=NOTEBOOKS, help="folder to write notebooks to")
     options = parser.parse_args()
     chosen = chapters()
@@ -151,27 +181,40 @@ def main() -> None:
     started = time.perf_counter()
     for number, chapter in enumerate(chosen, start=1):
         path = options.to / chapter.notebook_path.name
-        stored = next((nbformat.read(p, as_version=4) for p in (path, chapter.notebook_path) if p.exists()), None)
+        stored = next(
+            (nbformat.read(p, as_version=4) for p in (path, chapter.notebook_path) if p.exists()),
+            None,
+        )
         if options.inputs:
             if stored is None or not same_inputs(inputs(chapter), stored):
                 fresh = inputs(chapter)
                 if stored is not None:
                     with_stored_outputs(fresh, stored)
-                    fresh.metadata.gptlib.source_hash = stored.metadata.get("gptlib", {}).get("source_hash", "")
+                    fresh.metadata.gptlib.source_hash = stored.metadata.get("gptlib", {}).get(
+                        "source_hash", ""
+                    )
                 write(fresh, path)
                 print(f"inputs of {path.name} updated")
             continue
         if not options.all and not options.chapters and not problem(chapter, path):
             continue
         notebook = inputs(chapter)
-        unchanged = stored is not None and stored.metadata.get("gptlib", {}).get("source_hash") == notebook.metadata.gptlib.source_hash
+        unchanged = (
+            stored is not None
+            and stored.metadata.get("gptlib", {}).get("source_hash")
+            == notebook.metadata.gptlib.source_hash
+        )
         same_folder = path.exists() or options.to == NOTEBOOKS
         print(f"[{number:2d}/{len(chosen)}] {chapter.stem} ", end="", flush=True)
         began = time.perf_counter()
         if unchanged and same_folder and not options.all and not options.chapters:
             notebook = with_stored_outputs(notebook, stored)
             done = "text only"
-            if any(cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code" and cell.source):
+            if any(
+                cell.execution_count is None
+                for cell in notebook.cells
+                if cell.cell_type == "code" and cell.source
+            ):
                 unchanged = False
         else:
             unchanged = False
@@ -184,7 +227,9 @@ def main() -> None:
             done = f"{time.perf_counter() - began:.1f} s"
         write(notebook, path)
         print(done, flush=True)
-    stale = {p.name for p in options.to.glob("*.ipynb")} - {c.notebook_path.name for c in chapters()}
+    stale = {p.name for p in options.to.glob("*.ipynb")} - {
+        c.notebook_path.name for c in chapters()
+    }
     if stale:
         raise ManuscriptError(f"{sorted(stale)[0]}: no chapter makes this notebook; delete it")
     if not options.inputs:
@@ -207,8 +252,13 @@ def check(chosen: list[Chapter]) -> None:
             print(f"notebooks/{chapter.stem}.ipynb: {why}")
             if chapter.notebook_path.exists():
                 stored = nbformat.read(chapter.notebook_path, as_version=4)
-                old, new = ("\n".join(cell.source for cell in nb.cells).split("\n") for nb in (stored, inputs(chapter)))
-                print("\n".join(difflib.unified_diff(old, new, "notebook", "manuscript", lineterm="")))
+                old, new = (
+                    "\n".join(cell.source for cell in nb.cells).split("\n")
+                    for nb in (stored, inputs(chapter))
+                )
+                print(
+                    "\n".join(difflib.unified_diff(old, new, "notebook", "manuscript", lineterm=""))
+                )
     if stale:
         sys.exit(f"out of date: {', '.join(stale)}; {CURE}")
 

@@ -1,0 +1,272 @@
+"""Evaluation: what is 3.674?.
+
+Tangled from book/chapters/12_evaluation.md; change it there, not here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from gptlib.batches import TokenSplit, load_tokens
+from gptlib.checkpoints import write_text
+from gptlib.gpt import GPT
+from gptlib.objective import bits_per_byte, perplexity
+from gptlib.tinywiki import TinyWiki
+from gptlib.tokenizer import Tokenizer
+from gptlib.training import errors_in_one_line, load_run
+
+__all__ = [
+    "windows",
+    "token_losses",
+    "Evaluation",
+    "evaluate",
+    "tinywiki_floor",
+    "EvaluationOptions",
+    "evaluate_run",
+    "main",
+]
+
+# Every token once
+
+
+def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, first scored) of the windows that score targets 1 .. n_tokens - 1 once each.
+
+    A window reads tokens start .. stop - 1 and predicts start + 1 .. stop; it scores those from
+    `first scored` on. With stride = context the windows do not overlap; with a smaller stride every
+    target has at least context - stride tokens before it (the first window's excepted).
+    """
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride is {stride}; it must be between 1 and the context of {context}")
+    scored = 1  # the first token has nothing before it
+    start = 0
+    while scored < n_tokens:
+        stop = min(start + context, n_tokens - 1)
+        yield start, stop, scored
+        scored, start = stop + 1, start + stride
+
+
+@torch.no_grad()
+def token_losses(
+    model: GPT,
+    ids: np.ndarray,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> np.ndarray:
+    """Loss in nats of every token of a stream but the first: (n_tokens - 1,) float64.
+
+    context: tokens that a window reads (default: the model's block_size); stride: how far it moves
+    (default: context). The result does not depend on batch_size beyond rounding.
+    """
+    context = context or model.config.block_size
+    if not 1 <= context <= model.config.block_size:
+        raise ValueError(
+            f"context is {context}; it must be between 1 and the block_size of {model.config.block_size}"
+        )
+    spans = list(windows(len(ids), context, stride or context))
+    losses = np.full(len(ids) - 1, np.nan)
+    was_training = model.training
+    model.eval()
+    bar = tqdm(total=len(ids) - 1, unit="token", unit_scale=True, disable=not progress)
+    for first in range(0, len(spans), batch_size):
+        group = spans[first : first + batch_size]
+        rows = np.zeros(
+            (len(group), context + 1), np.int64
+        )  # a short last window is padded on the right: nothing before sees it
+        for row, (start, stop, _) in zip(rows, group, strict=True):
+            row[: stop - start + 1] = ids[start : stop + 1]
+        tokens = torch.from_numpy(rows).to(model.device)
+        hidden = model.hidden(tokens[:, :-1])
+        for i, (start, stop, scored) in enumerate(group):
+            part = slice(scored - 1 - start, stop - start)
+            logits = model.head(hidden[i, part]).float()
+            found = F.cross_entropy(logits, tokens[i, 1:][part], reduction="none")
+            losses[scored - 1 : stop] = found.double().cpu().numpy()
+            bar.update(stop - scored + 1)
+    bar.close()
+    model.train(was_training)
+    return losses
+
+
+# One result, every unit
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses of a split by document, and every unit that follows from them.
+
+    Protocol: every token of the text is scored once, the first of a document after its end-of-text
+    mark; the marks themselves are not text and are not scored; windows run across documents.
+    """
+
+    corpus: str
+    split: str
+    context: int
+    stride: int
+    step: int  # of the run that was evaluated
+    nats: tuple[float, ...]  # of each document
+    tokens: tuple[int, ...]  # scored in each document
+    text_bytes: int
+    words: int  # separated by white space, and one line end per line
+    floor: float | None = None  # TinyWiki's entropy in nats per token, where it is known
+
+    @property
+    def nats_per_token(self) -> float:
+        return math.fsum(self.nats) / sum(self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.nats_per_token)
+
+    @property
+    def word_perplexity(self) -> float:
+        return perplexity(math.fsum(self.nats) / self.words)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return bits_per_byte(self.nats_per_token, sum(self.tokens), self.text_bytes)
+
+    def interval(
+        self, level: float = 0.95, draws: int = 2000, seed: int = 0
+    ) -> tuple[float, float]:
+        """Bootstrap interval of nats per token over documents. Source: Efron and Tibshirani 1993, chapter 13."""
+        nats, tokens = np.array(self.nats), np.array(self.tokens)
+        rng = np.random.default_rng(seed)
+        picks = rng.integers(len(nats), size=(draws, len(nats)))
+        means = nats[picks].sum(1) / tokens[picks].sum(1)
+        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+    def __str__(self) -> str:
+        low, high = self.interval()
+        lines = [
+            f"{self.corpus}, {self.split}: {sum(self.tokens):,} tokens of {len(self.tokens):,} documents, step {self.step}",
+            f"context {self.context}, stride {self.stride}",
+            f"nats per token     {self.nats_per_token:.4f}   (95% over documents: {low:.4f} to {high:.4f})",
+            f"token perplexity   {self.perplexity:.2f}",
+            f"word perplexity    {self.word_perplexity:.2f}   ({self.words:,} words and line ends)",
+            f"bits per byte      {self.bits_per_byte:.4f}   ({self.text_bytes:,} bytes)",
+        ]
+        if self.floor is not None:
+            lines.append(f"entropy floor      {self.floor:.4f}   nats per token")
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: GPT,
+    split: TokenSplit,
+    tokenizer: Tokenizer,
+    *,
+    corpus: str,
+    name: str = "validation",
+    step: int = 0,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    max_documents: int | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Evaluate a model on a split. max_documents: only the first so many, for a quick look.
+
+    Raises ValueError for an empty split and for losses that are not finite.
+    """
+    ids = np.asarray(split.ids)
+    marks = np.flatnonzero(ids == split.end_of_text)
+    if max_documents is not None and max_documents < len(marks) - 1:
+        marks = marks[: max_documents + 1]
+        ids = ids[: marks[-1] + 1]
+    if len(ids) - len(marks) < 1:
+        raise ValueError(f"{corpus}, split {name}: no text in it; choose another split")
+    losses = token_losses(
+        model, ids, context=context, stride=stride, batch_size=batch_size, progress=progress
+    )
+    if not np.isfinite(losses).all():
+        raise ValueError(
+            f"{corpus}, split {name}: the loss is not finite; the weights of step {step} are damaged or diverged"
+        )
+    nats, tokens, text_bytes, words = [], [], 0, 0
+    for start, stop in zip(marks[:-1], marks[1:], strict=True):
+        nats.append(math.fsum(losses[start : stop - 1]))  # losses[i] belongs to token i + 1
+        tokens.append(int(stop - start - 1))
+        text = tokenizer.decode_bytes(ids[start + 1 : stop].tolist())
+        text_bytes += len(text)
+        words += len(text.split())
+    whole = max_documents is None or len(tokens) == split.record["documents"]
+    return Evaluation(
+        corpus=corpus,
+        split=name,
+        context=context or model.config.block_size,
+        stride=stride or context or model.config.block_size,
+        step=step,
+        nats=tuple(nats),
+        tokens=tuple(tokens),
+        text_bytes=text_bytes,
+        words=words + (split.record["lines"] if whole else 0),
+        floor=tinywiki_floor(name, len(tokens)) / sum(tokens) if corpus == "tinywiki" else None,
+    )
+
+
+def tinywiki_floor(split: str, documents: int) -> float:
+    """Nats that the first so many articles of a TinyWiki split cost a reader who knows all there is to know."""
+    articles = TinyWiki().articles(split)
+    return math.fsum(
+        article.nats_floor for article, _ in zip(articles, range(documents), strict=False)
+    )
+
+
+# From the command line
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Evaluate a trained model on every token of a split."""
+
+    run: Path  # the --out folder of a training run
+    corpus: str | None = None  # default: the corpus it was trained on
+    split: str = "validation"
+    which: str = "best"  # checkpoint: best or last
+    context: int | None = None  # tokens; default: the model's block_size
+    stride: int | None = None  # tokens; default: context
+    batch_size: int = 8
+    max_documents: int | None = None
+    device: str = "auto"
+    out: Path | None = None  # write the losses of each document here, as JSON
+
+
+def evaluate_run(options: EvaluationOptions, *, progress: bool = True) -> Evaluation:
+    """Evaluate as the command line does. Raises what reading the run or the corpus raises."""
+    run = load_run(options.run, which=options.which, device=options.device)
+    corpus = options.corpus or run.config.corpus
+    split = load_tokens(corpus, run.tokenizer, progress=progress).split(options.split)
+    result = evaluate(
+        run.model, split, run.tokenizer, corpus=corpus, name=options.split, step=run.step, context=options.context,
+        stride=options.stride, batch_size=options.batch_size, max_documents=options.max_documents, progress=progress,
+    )  # fmt: skip
+    if options.out:
+        write_text(options.out, json.dumps(dataclasses.asdict(result)) + "\n")
+    return result
+
+
+def main() -> None:
+    """`python -m gptlib.evaluation --run RUN --corpus NAME --split validation`."""
+    options = tyro.cli(EvaluationOptions)
+    with errors_in_one_line():
+        print(evaluate_run(options))
+
+
+if __name__ == "__main__":
+    main()
