@@ -38,6 +38,7 @@ test: check pytest notebooks site
 
 check: $(VENV)/.complete
 	$(BIN)/python tools/tangle.py --check
+	$(BIN)/python tools/library_index.py --check
 	$(BIN)/python tools/weave.py --check
 	$(BIN)/python tools/links.py
 	$(BIN)/ruff check .
@@ -54,6 +55,7 @@ site: $(VENV)/.complete
 
 tangle: $(VENV)/.complete
 	$(BIN)/python tools/tangle.py
+	$(BIN)/python tools/library_index.py
 
 weave: tangle
 	$(BIN)/python tools/weave.py

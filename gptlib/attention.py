@@ -6,14 +6,15 @@ Tangled from book/chapters/04_attention.md; change it there, not here.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["attention_weights", "causal_attention", "Head"]
+__all__ = ["attention_weights", "causal_attention", "Head", "influence"]
 
-# The form that goes into gptlib
+# Equation (1), in code
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0) -
     """Weighted average of the values of the past: `attention_weights(q, k) @ v`, by the fused kernel.
 
     q: (..., T, d), k: (..., S, d), v: (..., S, d) with S >= T. Returns (..., T, d). dropout: the
-    probability of dropping a weight.
+    probability of dropping a weight. Source: Dao et al. 2022 (the kernel).
     """
     T, S = q.shape[-2], k.shape[-2]
     if T == S:
@@ -43,8 +44,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0) -
     return F.scaled_dot_product_attention(q, k, v, attn_mask=past, dropout_p=dropout)
 
 
+# One head
+
+
 class Head(nn.Module):
-    """One causal self-attention head: (B, T, C) -> (B, T, head_size)."""
+    """One causal self-attention head: (B, T, C) -> (B, T, head_size).
+
+    Source: Vaswani et al. 2017, section 3.2.1.
+    """
 
     def __init__(self, n_embd: int, head_size: int):
         super().__init__()
@@ -54,3 +61,16 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return causal_attention(self.query(x), self.key(x), self.value(x))
+
+
+# Causality, proved
+
+
+def influence(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Which input each output depends on, by automatic differentiation.
+
+    function: (T, C) -> (T, D); x: (T, C), where to differentiate. Returns (T, T): entry [t, s] is the
+    largest |d function(x)[t] / d x[s]| over channels. Causal means exactly 0 above the diagonal.
+    """
+    jacobian = torch.autograd.functional.jacobian(function, x)  # (T, D, T, C)
+    return jacobian.abs().amax(dim=(1, 3))

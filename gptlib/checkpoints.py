@@ -20,7 +20,10 @@ __all__ = [
     "sync_folder",
     "write_atomically",
     "write_text",
+    "remove_leftovers",
     "Checkpoints",
+    "save_checkpoint",
+    "load_checkpoint",
     "RunLock",
     "lock_file",
 ]
@@ -82,6 +85,13 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
 
+def remove_leftovers(run: Path) -> None:
+    """Delete temporary files of writes that a kill cut short; only for the process that holds the lock."""
+    for pattern in ("*.tmp-*", "checkpoints/*.tmp-*"):
+        for path in Path(run).glob(pattern):
+            path.unlink(missing_ok=True)
+
+
 # A folder of checkpoints
 
 
@@ -100,31 +110,13 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.pt"
 
+    def hash_path(self, step: int) -> Path:
+        return self.path(step).with_suffix(".sha256")
+
     def steps(self) -> list[int]:
         """Steps with a checkpoint and a hash, oldest first; whether they agree is seen on loading."""
         found = [self.NAME.fullmatch(p.name) for p in self.folder.glob("step-*.pt")]
         return sorted(int(m[1]) for m in found if m and self.hash_path(int(m[1])).exists())
-
-    def hash_path(self, step: int) -> Path:
-        return self.path(step).with_suffix(".sha256")
-
-    def save(self, step: int, state: dict, *, best: int | None = None) -> None:
-        """Write one checkpoint, note which is the best, delete those no longer kept.
-
-        Raises CheckpointError if it cannot be written, a full disk for example.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            digest = write_atomically(self.path(step), lambda file: torch.save(state, file))
-            write_text(self.hash_path(step), f"{digest}  {self.path(step).name}\n")
-            if best is not None:
-                write_text(self.folder / "best", f"{best}\n")
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            raise CheckpointError(
-                f"step {step} could not be saved in {self.folder} ({error}); the checkpoints before it are whole: "
-                "make room and run the same command again"
-            ) from error
-        self.clean()
 
     def best(self) -> int | None:
         """Step of the best checkpoint, or None if it is not there."""
@@ -132,9 +124,17 @@ class Checkpoints:
         step = int(path.read_text()) if path.exists() else None
         return step if step in self.steps() else None
 
-    def clean(self) -> None:
-        """Delete checkpoints that are neither among the last `keep` nor the best, and what a kill left half-done."""
-        steps = self.steps()
+    def save(self, step: int, state: dict, *, best: int | None = None) -> None:
+        """Write one checkpoint, note which is the best, delete those no longer kept. Raises CheckpointError."""
+        save_checkpoint(self, step, state, best)
+        self.clean(step)
+
+    def clean(self, newest: int) -> None:
+        """Delete all but the last `keep` up to `newest` and the best.
+
+        What a kill left half-done goes too, and so does what is newer: it could not be read.
+        """
+        steps = [step for step in self.steps() if step <= newest]
         kept = set(steps[-self.keep :]) | {self.best()}
         for path in self.folder.glob("step-*"):
             found = re.match(r"step-(\d{8})", path.name)
@@ -143,25 +143,7 @@ class Checkpoints:
 
     def load(self, step: int) -> dict:
         """The state saved at a step. Raises CheckpointError if the file is damaged or holds code."""
-        path = self.path(step)
-        try:
-            said = self.hash_path(step).read_text().split()[0]
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except (OSError, IndexError):
-            raise CheckpointError(
-                f"{path.name}: the file or its .sha256 is missing or empty"
-            ) from None
-        if found != said:
-            raise CheckpointError(
-                f"{path.name}: damaged (SHA-256 {found[:8]}, written as {said[:8]})"
-            )
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(
-                f"{path.name}: refused: {str(error).strip().splitlines()[0]}"
-            ) from None
+        return load_checkpoint(self.path(step), self.hash_path(step))
 
     def load_newest(self) -> tuple[int, dict] | None:
         """(step, state) of the newest whole checkpoint; each damaged newer one is reported and passed over.
@@ -179,6 +161,41 @@ class Checkpoints:
                 f"{self.folder}: none of {len(steps)} checkpoints is whole; delete the run to begin again"
             )
         return None
+
+
+def save_checkpoint(checkpoints: Checkpoints, step: int, state: dict, best: int | None) -> None:
+    """Data, then hash, then the note of the best. Raises CheckpointError if the disk is full, for example."""
+    path, folder = checkpoints.path(step), checkpoints.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.hash_path(step).unlink(missing_ok=True)  # of a damaged one that is written anew
+        digest = write_atomically(path, lambda file: torch.save(state, file))
+        write_text(checkpoints.hash_path(step), f"{digest}  {path.name}\n")
+        if best is not None:
+            write_text(folder / "best", f"{best}\n")
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        raise CheckpointError(
+            f"step {step} could not be saved in {folder} ({error}); the checkpoints before it are whole: "
+            "make room and run the same command again"
+        ) from error
+
+
+def load_checkpoint(path: Path, hash_path: Path) -> dict:
+    """A state that agrees with its hash, read without running code. Raises CheckpointError."""
+    try:
+        said = hash_path.read_text().split()[0]
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, IndexError, UnicodeDecodeError):
+        raise CheckpointError(f"{path.name}: the file or its .sha256 is missing or empty") from None
+    if found != said:
+        raise CheckpointError(f"{path.name}: damaged (SHA-256 {found[:8]}, written as {said[:8]})")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path.name}: refused: {str(error).strip().splitlines()[0]}"
+        ) from None
 
 
 # One writer at a time

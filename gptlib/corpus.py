@@ -37,7 +37,7 @@ __all__ = [
     "load_corpus",
 ]
 
-# Where things are kept
+# Documents
 
 
 class CorpusError(ValueError):
@@ -49,9 +49,6 @@ def cache_dir() -> Path:
     path = Path(os.environ.get("GPTLIB_RUNS", "runs")) / "cache"
     path.mkdir(parents=True, exist_ok=True)
     return path.resolve()
-
-
-# Documents
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def documents_of_rows(rows: Iterator[str]) -> Iterator[Piece]:
         yield Piece("".join(article), lines=len(article))
 
 
-# Reading a split
+# A corpus, whatever its source
 
 
 class Corpus:
@@ -131,9 +128,6 @@ class Corpus:
             yield "".join(parts)
 
 
-# Text files
-
-
 def text_file(path: Path) -> Corpus:
     """A UTF-8 file as a corpus: its first 90% train, then 5% validation, then 5% test, cut at line ends."""
     size = path.stat().st_size
@@ -162,7 +156,7 @@ def text_file(path: Path) -> Corpus:
 
     names = ("train", "validation", "test")
     return Corpus(
-        str(path), {n: reader(a, b) for n, a, b in zip(names, cuts, cuts[1:], strict=True)}
+        str(path), {n: reader(a, b) for n, a, b in zip(names, cuts[:-1], cuts[1:], strict=True)}
     )
 
 
@@ -177,8 +171,6 @@ def decode(block: bytes, path: Path, place: int) -> str:
             "for example with: iconv -f LATIN1 -t UTF-8"
         ) from None
 
-
-# Datasets, from the hub or a folder
 
 HUB = {
     "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),

@@ -38,10 +38,18 @@ class DeviceError(ValueError):
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU; MPS must be asked for by name."""
+    """`auto` is CUDA where there is one, else the CPU; MPS must be asked for by name, and is tested first.
+
+    Raises DeviceError for a name that is no device and for a device that is not there or computes wrongly.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(
+            f"unknown device {name!r}; there are auto, cpu, cuda, cuda:N, mps"
+        ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError("no CUDA device here; use --device cpu")
     if device.type == "mps":
@@ -96,7 +104,7 @@ class Precision:
 def pick_precision(device: torch.device, name: str = "auto") -> Precision:
     """Choose a precision for a device: bf16 if it really has it, else fp16 on CUDA, else fp32.
 
-    Raises DeviceError for an unknown name and for fp16 or bf16 that the device cannot compute.
+    Raises DeviceError for an unknown name and for fp16 training on the CPU.
     """
     if name not in ("auto", "fp32", "bf16", "fp16"):
         raise DeviceError(f"unknown precision {name!r}; there are auto, fp32, bf16, fp16")

@@ -35,12 +35,12 @@ __all__ = [
     "Pair",
     "merge_pair",
     "PairTable",
+    "END_OF_TEXT",
     "TokenizerError",
     "train_bpe",
     "ranks_of",
     "encode_word",
     "encode_text",
-    "END_OF_TEXT",
     "Tokenizer",
     "load_tokenizer",
     "padded_vocab_size",
@@ -135,6 +135,9 @@ class PairTable:
         self.push(changed)
 
 
+END_OF_TEXT = "<|endoftext|>"
+
+
 class TokenizerError(ValueError):
     """A tokenizer that cannot be had, or input it cannot take; the message names the cure."""
 
@@ -189,8 +192,6 @@ def encode_text(text: str, ranks: Mapping[bytes, int], *, pattern: str = GPT2_PA
 
 
 # The tokenizer that the book uses
-
-END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ import hashlib
 import io
 import json
 import math
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gptlib.batches import Batches, TokenFile, load_tokens, to_device
-from gptlib.checkpoints import CheckpointError, Checkpoints, RunLock, write_text
+from gptlib.checkpoints import CheckpointError, Checkpoints, RunLock, remove_leftovers, write_text
 from gptlib.corpus import cache_dir
 from gptlib.devices import (
     Precision,
@@ -45,31 +47,38 @@ __all__ = [
     "TrainConfig",
     "PRESETS",
     "RunOptions",
+    "fit_micro_batch",
+    "check_division",
     "TrainState",
+    "seed_dropout",
     "WithLoss",
     "plain_loss",
+    "adamw_of",
     "MAX_SKIPPED_IN_A_ROW",
-    "train",
-    "check_division",
-    "seed_dropout",
     "check_finite",
+    "train",
     "EVAL_STEP",
     "validation_loss",
     "StopRequest",
     "open_run",
+    "compare_records",
     "flat",
-    "run_training",
+    "settle_precision",
+    "open_data",
+    "Opened",
     "Leg",
+    "Clock",
     "Journal",
-    "adamw_of",
     "LoadedRun",
     "load_run",
+    "run_training",
+    "make_deterministic",
     "small_run",
     "errors_in_one_line",
     "main",
 ]
 
-# What decides a run
+# The training loop
 
 
 class RunError(ValueError):
@@ -78,6 +87,9 @@ class RunError(ValueError):
 
 class NonFiniteError(RuntimeError):
     """The loss or its gradient is no longer a number; the message names the step and the crops."""
+
+
+# What decides a run
 
 
 @dataclass(frozen=True)
@@ -159,7 +171,7 @@ class RunOptions:
     out: Path  # folder of the run
     device: str = "auto"
     precision: str = "auto"
-    micro_batch_size: int = 12  # sequences per forward pass; bounds the memory
+    micro_batch_size: int = 12  # most sequences per forward pass; bounds the memory
     max_steps: int | None = None  # stop this leg after so many steps
     max_minutes: float | None = None  # stop this leg after so many minutes
     save_minutes: float = 10.0  # between checkpoints; one is also saved at every evaluation
@@ -168,8 +180,34 @@ class RunOptions:
     deterministic: bool = False  # deterministic CUDA kernels; the CPU's are anyway
     progress: bool = True
 
+    def __post_init__(self):
+        for name in ("micro_batch_size", "max_steps", "keep"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
 
-# The state of a run
+
+def fit_micro_batch(batch_size: int, limit: int, world_size: int = 1) -> int:
+    """The largest micro-batch up to `limit` that divides a process's share of the batch evenly.
+
+    Raises RunError if the processes cannot share the batch evenly.
+    """
+    share = check_division(batch_size, 1, world_size)
+    return max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
+
+
+def check_division(batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-batches per process and step. Raises RunError if the batch does not divide evenly."""
+    n_micro, rest = divmod(batch_size, micro_batch_size * world_size)
+    if rest or not n_micro:
+        raise RunError(
+            f"batch_size {batch_size} is not a multiple of micro_batch_size {micro_batch_size} times "
+            f"{world_size} process(es); choose a batch_size or a micro_batch_size that divides evenly"
+        )
+    return n_micro
+
+
+# What a checkpoint must hold
 
 
 @dataclass
@@ -202,6 +240,13 @@ class TrainState:
             setattr(self, name, state[name])
 
 
+def seed_dropout(config: TrainConfig, step: int, micro_batch: int, rank: int) -> None:
+    """Make dropout a function of where we are, so that a resumed run drops what the first one would have."""
+    if config.model.dropout:
+        key = f"{config.seed} {step} {micro_batch} {rank}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
+
+
 class WithLoss(nn.Module):
     """A model and its loss function as one module, so that whatever wraps it sees the whole computation."""
 
@@ -218,9 +263,42 @@ def plain_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     return model(tokens, targets)[1]
 
 
-# The loop
+def adamw_of(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
+    """The report's optimiser: AdamW with the rates of its code."""
+    return make_adamw(model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
+
+
+# The numbers that go wrong
 
 MAX_SKIPPED_IN_A_ROW = 20
+
+
+def check_finite(state: TrainState, row: dict, batches: Batches) -> None:
+    """Stop a run whose numbers went wrong, before the optimiser spreads them to the weights.
+
+    In fp16 an infinite gradient is counted and passed on, since the scaler skips its step; the row then
+    has None for its norm. Raises NonFiniteError for anything else, and for more than
+    MAX_SKIPPED_IN_A_ROW such steps in a row.
+    """
+    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+        state.skipped_in_a_row = 0
+        return
+    where = f"step {state.step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}"
+    if state.scaler.is_enabled() and math.isfinite(row["loss"]):
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        row["grad_norm"] = None  # JSON has no infinity
+        if state.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
+            return
+        where += f"; {state.skipped_in_a_row} steps skipped in a row"
+    offsets = ", ".join(str(o) for o in batches.offsets(state.step)[:8])
+    raise NonFiniteError(
+        f"{where}; the crops begin at tokens {offsets}, ...; the last checkpoint is whole: "
+        "lower the learning rate, or use --precision fp32"
+    )
+
+
+# The loop, whole
 
 
 def train(
@@ -264,44 +342,6 @@ def train(
         stop = on_step({"step": state.step} | row)
 
 
-def check_division(batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Micro-batches per process and step. Raises RunError if the batch does not divide evenly."""
-    n_micro, rest = divmod(batch_size, micro_batch_size * world_size)
-    if rest or not n_micro:
-        raise RunError(
-            f"batch_size {batch_size} is not a multiple of micro_batch_size {micro_batch_size} times "
-            f"{world_size} process(es); choose a --micro-batch-size that divides {batch_size // world_size}"
-        )
-    return n_micro
-
-
-def seed_dropout(config: TrainConfig, step: int, micro_batch: int, rank: int) -> None:
-    """Make dropout a function of where we are, so that a resumed run drops what the first one would have."""
-    if config.model.dropout:
-        key = f"{config.seed} {step} {micro_batch} {rank}".encode()
-        torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
-
-
-def check_finite(state: TrainState, row: dict, batches: Batches) -> None:
-    """Stop a run whose numbers went wrong, before the optimiser spreads them to the weights."""
-    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
-        state.skipped_in_a_row = 0
-        return
-    where = f"step {state.step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}"
-    if state.scaler.is_enabled():
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        row["grad_norm"] = None  # JSON has no infinity
-        if state.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW and math.isfinite(row["loss"]):
-            return
-        where += f"; {state.skipped_in_a_row} steps skipped in a row"
-    offsets = ", ".join(str(o) for o in batches.offsets(state.step)[:8])
-    raise NonFiniteError(
-        f"{where}; the crops begin at tokens {offsets}, ...; the last checkpoint is whole: "
-        "lower the learning rate, or use --precision fp32"
-    )
-
-
 # Evaluation with crops of its own
 
 EVAL_STEP = 2**63  # a key that no training step has
@@ -331,9 +371,11 @@ class StopRequest:
 
     def __init__(self):
         self.signal: int | None = None
+        self.before: dict = {}
 
     def __enter__(self) -> "StopRequest":
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():  # other threads hear no signals
+            self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def note(self, number, frame) -> None:
@@ -341,12 +383,14 @@ class StopRequest:
         print(
             "\nstopping after this step; signal again to leave at once", file=sys.stderr, flush=True
         )
-        for s in self.before:
-            signal.signal(s, signal.SIG_DFL)
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def __exit__(self, *error) -> None:
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
+        self.restore()
 
 
 # A run folder
@@ -366,36 +410,45 @@ def open_run(
         "tokenizer_hash": tokenizer.hash,
         "data": {split: record["sha256"] for split, record in tokens.manifest["splits"].items()},
     }
-    if not path.exists():
-        if Path(out).exists() and any(p.name != "lock" for p in Path(out).iterdir()):
-            raise RunError(f"{out} is not empty and holds no run; choose another --out")
-        tokenizer.save(Path(out) / "tokenizer.json")
-        write_text(path, json.dumps(new, indent=1) + "\n")
-        return new
-    old = json.loads(path.read_text(encoding="utf-8"))
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        compare_records(old, new, Path(out))
+        return old
+    first_moment = (
+        "lock",
+        "tokenizer.json",
+        ".tokenizer.json",
+        "run.json.tmp-",
+    )  # all that a kill can leave
+    if Path(out).exists() and not all(p.name.startswith(first_moment) for p in Path(out).iterdir()):
+        raise RunError(f"{out} is not empty and holds no run; choose another --out")
+    tokenizer.save(Path(out) / "tokenizer.json")
+    write_text(path, json.dumps(new, indent=1) + "\n")  # last: where it is, the folder is a run
+    return new
+
+
+def compare_records(old: dict, new: dict, out: Path) -> None:
+    """Raises RunError if two `run.json` are of different runs; says so if only the machine differs."""
     before, now = flat(old["config"]), flat(new["config"])
-    differing = [key for key in now if before.get(key) != now[key]]
-    if differing:
-        key = differing[0]
-        raise RunError(
-            f"{out} holds a run with {key} = {before.get(key)}, not {now[key]}; choose another --out or delete it"
-        )
+    for key in now:
+        if before.get(key) != now[key]:
+            raise RunError(
+                f"{out} holds a run with {key} = {before.get(key)}, not {now[key]}; choose another --out or delete it"
+            )
     for key, what in (("tokenizer_hash", "tokenizer"), ("data", "data")):
         if old[key] != new[key]:
             raise RunError(
                 f"{out} was trained with another {what} under the same name; choose another --out"
             )
+    was, found = old["machine"], new["machine"]
     changed = [
-        f"{k} {old['machine'].get(k)} -> {v}"
-        for k, v in found.items()
-        if old["machine"].get(k) != v
+        f"{key} {was.get(key)} -> {value}" for key, value in found.items() if was.get(key) != value
     ]
     if changed:
         print(
             f"resuming on a changed machine ({'; '.join(changed)}): not bit for bit the same run",
             file=sys.stderr,
         )
-    return old
 
 
 def flat(values: dict, prefix: str = "") -> dict:
@@ -408,81 +461,70 @@ def flat(values: dict, prefix: str = "") -> dict:
     return items
 
 
-def run_training(
-    config: TrainConfig,
-    options: RunOptions,
-    *,
-    loss_fn: Callable[[GPT, Tensor, Tensor], Tensor] = plain_loss,
-    make_optimizer: Callable[[GPT, TrainConfig], torch.optim.Optimizer] | None = None,
-) -> "LoadedRun | None":
-    """Start or resume the run in `options.out` and carry it on to its end, or to the end of this leg.
-
-    Returns the run as it stands (None in processes other than the first). Raises RunError,
-    CorpusError, TokenizerError, TokenFileError, CheckpointError, DeviceError, NonFiniteError.
-    """
-    world, device = join_world(pick_device(options.device))
-    try:
-        if not world.is_main:
-            world.wait()  # the main process fills the caches first
-            Leg(config, options, world, device, loss_fn, make_optimizer).run()
-            return None
-        with RunLock(options.out):
-            Leg(config, options, world, device, loss_fn, make_optimizer).run()
-        return load_run(options.out, which="last")
-    finally:
-        leave_world()
+# A leg of a run
 
 
-class Leg:
-    """One stretch of a run, from where it stands to its end, a limit or a signal."""
+def settle_precision(out: Path, name: str, device: torch.device) -> Precision:
+    """The run's own precision if it has begun, so that a second measurement cannot change its numbers."""
+    path = out / "run.json"
+    if name == "auto" and path.exists():
+        name = json.loads(path.read_text(encoding="utf-8"))["machine"]["precision"]
+    return pick_precision(device, name)
 
-    def __init__(self, config, options, world, device, loss_fn, make_optimizer):
+
+def open_data(
+    config: TrainConfig, *, progress: bool
+) -> tuple[Tokenizer, TokenFile, Batches, Batches]:
+    """Tokenizer, tokens, training batches and evaluation batches of a configuration."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    if tokenizer.n_vocab > config.model.vocab_size:
+        raise RunError(
+            f"the tokenizer has {tokenizer.n_vocab} ids, the model room for {config.model.vocab_size}; raise vocab_size"
+        )
+    tokens = load_tokens(config.corpus, tokenizer, progress=progress)
+    held_out = "validation" if "validation" in tokens.manifest["splits"] else "train"
+    block, seed = config.model.block_size, config.seed
+    train = Batches(tokens.split("train").ids, config.batch_size, block, seed)
+    return (
+        tokenizer,
+        tokens,
+        train,
+        Batches(tokens.split(held_out).ids, config.eval_sequences, block, seed),
+    )
+
+
+class Opened:
+    """A run that is opened and brought to where it stands: what a leg works with."""
+
+    def __init__(
+        self, config: TrainConfig, options: RunOptions, world: World, device: torch.device
+    ):
         self.config, self.options, self.world, self.device = config, options, world, device
         self.out = Path(options.out)
-        self.tokenizer = load_tokenizer(config.tokenizer)
-        if self.tokenizer.n_vocab > config.model.vocab_size:
-            raise RunError(
-                f"the tokenizer has {self.tokenizer.n_vocab} ids, the model room for {config.model.vocab_size}; raise vocab_size"
-            )
-        self.tokens = load_tokens(
-            config.corpus, self.tokenizer, progress=options.progress and world.is_main
+        self.micro_batch_size = fit_micro_batch(
+            config.batch_size, options.micro_batch_size, world.size
         )
-        self.precision = self.settle_precision()
-        if options.deterministic:
-            torch.use_deterministic_algorithms(True)
-        torch.manual_seed(config.seed)
-        model = GPT(config.model).to(device)
-        optimizer = (make_optimizer or adamw_of)(model, config)
-        self.state = TrainState(model, optimizer, self.precision.scaler())
-        self.module = WithLoss(model, loss_fn)
-        block = config.model.block_size
-        self.batches = Batches(
-            self.tokens.split("train").ids, config.batch_size, block, config.seed
+        self.tokenizer, self.tokens, self.batches, self.eval_batches = open_data(
+            config, progress=options.progress and world.is_main
         )
-        held_out = self.tokens.split(
-            "validation" if "validation" in self.tokens.manifest["splits"] else "train"
-        )
-        self.eval_batches = Batches(held_out.ids, config.eval_sequences, block, config.seed)
-        self.checkpoints = Checkpoints(
-            self.out / "checkpoints", options.keep, say=lambda text: print(text, file=sys.stderr)
-        )
+        self.precision = settle_precision(self.out, options.precision, device)
+        self.checkpoints = Checkpoints(self.out / "checkpoints", options.keep, say=self.say)
 
-    def settle_precision(self) -> Precision:
-        """The run's own precision if it has begun, so that a second measurement cannot change its numbers."""
-        path = self.out / "run.json"
-        name = self.options.precision
-        if name == "auto" and path.exists():
-            name = json.loads(path.read_text(encoding="utf-8"))["machine"]["precision"]
-        return pick_precision(self.device, name)
-
-    def run(self) -> None:
-        machine = describe_machine(self.device) | {
-            "precision": self.precision.name,
-            "processes": self.world.size,
-        }
+    def take_up(self, loss_fn: Callable, make_optimizer: Callable) -> None:
+        """Build the state, and load the newest whole checkpoint into it if there is one."""
         if self.world.is_main:
+            machine = describe_machine(self.device) | {
+                "precision": self.precision.name,
+                "processes": self.world.size,
+            }
+            machine["micro_batch_size"] = self.micro_batch_size
             open_run(self.config, self.out, self.tokenizer, self.tokens, machine)
+            remove_leftovers(self.out)
             self.world.wait()
+        torch.manual_seed(self.config.seed)
+        model = GPT(self.config.model).to(self.device)
+        self.state = TrainState(model, make_optimizer(model, self.config), self.precision.scaler())
+        self.module = WithLoss(model, loss_fn)
         newest = self.checkpoints.load_newest()
         if newest:
             self.state.load_state_dict(newest[1])
@@ -492,44 +534,49 @@ class Leg:
                 "timings.jsonl",
             ):  # what was written after the checkpoint is done again
                 cut_rows(self.out / name, self.state.step if newest else -1)
-        if self.state.step >= self.config.steps:
+
+    def say(self, text: str) -> None:
+        if self.world.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+
+class Leg(Opened):
+    """One stretch of a run, from where it stands to its end, a limit or a signal."""
+
+    def run(self) -> None:
+        config, options = self.config, self.options
+        if self.state.step >= config.steps:
             return self.say(f"{self.out} is finished: {self.state.step} steps; nothing to do")
         self.say(
-            f"{machine['device']}, {self.precision.name} ({self.precision.reason}), from step {self.state.step}"
+            f"{self.device.type}, {self.precision.name} ({self.precision.reason}), from step {self.state.step}"
         )
-        module = self.world.wrap(self.module)
+        module, self.clock = self.world.wrap(self.module), Clock(options)
         with Journal(self) as self.journal, StopRequest() as self.request:
             if self.state.step == 0:
                 self.evaluate()
             train(
-                self.state,
-                module,
-                self.batches,
-                self.config,
-                precision=self.precision,
-                micro_batch_size=self.options.micro_batch_size,
-                on_step=self.after_step,
-                world=self.world,
-            )
-        if self.state.step < self.config.steps:
+                self.state, module, self.batches, config, precision=self.precision,
+                micro_batch_size=self.micro_batch_size, on_step=self.after_step, world=self.world,
+            )  # fmt: skip
+        if self.state.step < config.steps:
             self.say(
-                f"stopped at step {self.state.step} of {self.config.steps}, all of it saved; the same command goes on from here"
+                f"stopped at step {self.state.step} of {config.steps}, all of it saved; the same command goes on from here"
             )
 
     def after_step(self, row: dict) -> bool:
         """Write the row, evaluate and save when it is time; returns whether this leg ends here."""
-        self.journal.step(row)
+        self.journal.step(row, self.clock.step())
         ends = self.state.step == self.config.steps
         if ends or self.state.step % self.config.eval_interval == 0:
             self.evaluate()
         stop = self.world.any(
-            self.journal.limit_reached() or self.request.signal is not None, self.device
+            self.clock.leg_is_over() or self.request.signal is not None, self.device
         )
         if (
             ends
             or stop
             or self.state.step % self.config.eval_interval == 0
-            or self.journal.save_is_due()
+            or self.clock.save_is_due()
         ):
             self.save()
         return stop
@@ -537,36 +584,66 @@ class Leg:
     def evaluate(self) -> None:
         if self.world.is_main:
             loss = validation_loss(
-                self.module, self.eval_batches, self.precision, self.options.micro_batch_size
+                self.module, self.eval_batches, self.precision, self.micro_batch_size
             )
             if loss < self.state.best:
                 self.state.best, self.state.best_step = loss, self.state.step
             self.journal.evaluation({"step": self.state.step, "validation_loss": loss})
+        self.clock.restart_step()
 
     def save(self) -> None:
+        began = time.perf_counter()
         if self.world.is_main:
-            began = time.perf_counter()
-            self.journal.sync()
+            self.journal.sync()  # rows reach the disk before the checkpoint that vouches for them
             self.checkpoints.save(
                 self.state.step, self.state.state_dict(), best=self.state.best_step
             )
-            self.journal.saved(time.perf_counter() - began)
+            self.journal.timings.write(
+                {"step": self.state.step, "save_seconds": time.perf_counter() - began}
+            )
+        self.clock.saved()
 
-    def say(self, text: str) -> None:
-        if self.world.is_main:
-            print(text, file=sys.stderr, flush=True)
+
+class Clock:
+    """Tells a leg how long a step took, when to save and when to end."""
+
+    def __init__(self, options: RunOptions):
+        self.options, self.steps = options, 0
+        self.began = self.last_step = self.last_save = time.perf_counter()
+
+    def step(self) -> float:
+        """Seconds since the last step ended."""
+        seconds = time.perf_counter() - self.last_step
+        self.steps += 1
+        self.restart_step()
+        return seconds
+
+    def restart_step(self) -> None:
+        """The next step is timed from here."""
+        self.last_step = time.perf_counter()
+
+    def saved(self) -> None:
+        self.last_save = self.last_step = time.perf_counter()
+
+    def save_is_due(self) -> bool:
+        return time.perf_counter() - self.last_save >= 60 * self.options.save_minutes
+
+    def leg_is_over(self) -> bool:
+        steps, minutes = self.options.max_steps, self.options.max_minutes
+        late = minutes is not None and time.perf_counter() - self.began >= 60 * minutes
+        return late or (steps is not None and self.steps >= steps)
 
 
 class Journal:
     """What a leg writes besides checkpoints: `metrics.jsonl` (exact), `timings.jsonl` (measured), the progress bar."""
 
     def __init__(self, leg: Leg):
-        self.leg, self.active = leg, leg.world.is_main
-        self.began = self.last_step = self.last_save = time.perf_counter()
-        self.steps_done = 0
-        config, device = leg.config, leg.device
-        self.flops_per_step = leg.state.model.flops_per_token() * config.tokens_per_step
-        self.peak = peak_flops(device, leg.precision.name)
+        self.leg, self.active, self.progress = leg, leg.world.is_main, leg.options.progress
+        peak = peak_flops(
+            leg.device, leg.precision.name
+        )  # of one device, or None where it is not known
+        flops = leg.state.model.flops_per_token() * leg.config.tokens_per_step
+        self.ideal_seconds = flops / peak / leg.world.size if peak else None
 
     def __enter__(self) -> "Journal":
         if self.active:
@@ -580,70 +657,41 @@ class Journal:
                 total=config.steps,
                 initial=self.leg.state.step,
                 unit="step",
-                disable=not self.leg.options.progress,
+                disable=not self.progress,
             )
         return self
 
-    def step(self, row: dict) -> None:
-        now = time.perf_counter()
-        seconds, self.last_step = now - self.last_step, now
-        self.steps_done += 1
+    def step(self, row: dict, seconds: float) -> None:
         if not self.active:
             return
-        tokens = self.leg.config.tokens_per_step
-        timing = {
-            "step": row["step"],
-            "seconds_per_step": seconds,
-            "tokens_per_second": tokens / seconds,
-        }
-        if self.peak:
-            timing["mfu"] = self.flops_per_step / seconds / self.peak / self.leg.world.size
+        rate = self.leg.config.tokens_per_step / seconds
+        timing = {"step": row["step"], "seconds_per_step": seconds, "tokens_per_second": rate}
+        if self.ideal_seconds:
+            timing["mfu"] = self.ideal_seconds / seconds
         timing["peak_bytes"] = peak_memory(self.leg.device)
         self.metrics.write(row)
         self.timings.write(timing)
         self.logger.log(row | timing, row["step"])
         self.bar.update()
-        self.bar.set_postfix_str(
-            f"loss {row['loss']:.3f}, {timing['tokens_per_second']:,.0f} tokens/s", refresh=False
-        )
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
 
     def evaluation(self, row: dict) -> None:
         self.metrics.write(row)
         self.logger.log(row, row["step"])
-        self.bar.write(
-            f"step {row['step']}: validation loss {row['validation_loss']:.4f}", file=sys.stderr
-        )
-        self.last_step = time.perf_counter()
-
-    def saved(self, seconds: float) -> None:
-        self.timings.write({"step": self.leg.state.step, "save_seconds": seconds})
-        self.last_step = self.last_save = time.perf_counter()
+        if self.progress:
+            self.bar.write(
+                f"step {row['step']}: validation loss {row['validation_loss']:.4f}", file=sys.stderr
+            )
 
     def sync(self) -> None:
-        """Rows reach the disk before the checkpoint that vouches for them."""
+        """Return when all rows are on the disk."""
         self.metrics.sync()
         self.timings.sync()
-
-    def save_is_due(self) -> bool:
-        return time.perf_counter() - self.last_save >= 60 * self.leg.options.save_minutes
-
-    def limit_reached(self) -> bool:
-        options, minutes = self.leg.options, (time.perf_counter() - self.began) / 60
-        steps_up = options.max_steps is not None and self.steps_done >= options.max_steps
-        return steps_up or (options.max_minutes is not None and minutes >= options.max_minutes)
 
     def __exit__(self, *error) -> None:
         if self.active:
             for thing in (self.metrics, self.timings, self.logger, self.bar):
                 thing.close()
-
-
-def adamw_of(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
-    """The report's optimiser: AdamW with the rates of its code."""
-    return make_adamw(model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
-
-
-# Reading a run back
 
 
 @dataclass(frozen=True)
@@ -686,14 +734,49 @@ def load_run(path: Path | str, *, which: str = "best", device: str = "cpu") -> L
     return LoadedRun(path, model.to(pick_device(device)).eval(), tokenizer, config, newest[0])
 
 
+def run_training(
+    config: TrainConfig,
+    options: RunOptions,
+    *,
+    loss_fn: Callable[[GPT, Tensor, Tensor], Tensor] = plain_loss,
+    make_optimizer: Callable[[GPT, TrainConfig], torch.optim.Optimizer] | None = None,
+) -> LoadedRun | None:
+    """Start or resume the run in `options.out` and carry it on to its end, or to the end of this leg.
+
+    Returns the run as it stands (None in processes other than the first). Raises RunError,
+    CorpusError, TokenizerError, TokenFileError, CheckpointError, DeviceError, NonFiniteError.
+    """
+    world, device = join_world(pick_device(options.device))
+    if options.deterministic:
+        make_deterministic()
+    try:
+        with RunLock(options.out) if world.is_main else contextlib.nullcontext():
+            if not world.is_main:
+                world.wait()  # the main process fills the caches first
+            leg = Leg(config, options, world, device)
+            leg.take_up(loss_fn, make_optimizer or adamw_of)
+            leg.run()
+        return load_run(options.out, which="last") if world.is_main else None
+    finally:
+        leave_world()
+
+
+# What went into gptlib
+
+
+def make_deterministic() -> None:
+    """Deterministic kernels on CUDA, at some cost in speed; call it before the first computation there."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
+
+
 def small_run() -> LoadedRun:
     """A model trained on TinyWiki for under a minute, once; afterwards it comes from the cache.
 
     The cache is keyed by its configuration and by gptlib's sources, so it can never be out of date.
     """
     config = dataclasses.replace(PRESETS["demo"], steps=250, eval_interval=125)
-    digest = hashlib.sha256(repr(config).encode())
-    for name in (
+    sources = (
         "tinywiki",
         "tokenizer",
         "batches",
@@ -703,7 +786,9 @@ def small_run() -> LoadedRun:
         "gpt",
         "objective",
         "training",
-    ):
+    )
+    digest = hashlib.sha256(repr(config).encode())
+    for name in sources:
         digest.update(
             (Path(sys.modules[GPT.__module__].__file__).parent / f"{name}.py").read_bytes()
         )
@@ -722,7 +807,7 @@ def errors_in_one_line():
         sys.exit(
             "gptlib: out of memory; halve --micro-batch-size (the tokens per step stay the same)"
         )
-    except (ValueError, FileNotFoundError, ImportError, CheckpointError, NonFiniteError) as error:
+    except (ValueError, OSError, ImportError, CheckpointError, NonFiniteError) as error:
         sys.exit(f"gptlib: {error}")
 
 

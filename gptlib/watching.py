@@ -14,6 +14,7 @@ from gptlib.checkpoints import write_text
 
 __all__ = [
     "read_rows",
+    "whole_lines",
     "cut_rows",
     "RowWriter",
     "plot_run",
@@ -30,22 +31,28 @@ __all__ = [
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a JSONL file; a last line cut off by a kill is left out."""
-    rows = []
-    if Path(path).exists():
-        for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
-            rows.append(json.loads(line))
-    return rows
+    """Rows of a JSONL file up to the first that cannot be read: a last line cut off by a kill is left out."""
+    path = Path(path)
+    return [row for row, _ in whole_lines(path)] if path.exists() else []
+
+
+def whole_lines(path: Path) -> list[tuple[dict, str]]:
+    """(row, its line) of a file's lines, up to the first that is not whole JSON."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            lines.append((json.loads(line), line))
+        except json.JSONDecodeError:  # a power cut can leave blocks of zeros
+            break
+    return lines
 
 
 def cut_rows(path: Path, step: int) -> None:
     """Drop the rows after `step`, as a resumed run will write them again."""
     path = Path(path)
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    write_text(path, "".join(line + "\n" for line in kept))
+    if path.exists():
+        kept = [line for row, line in whole_lines(path) if row["step"] <= step]
+        write_text(path, "".join(line + "\n" for line in kept))
 
 
 class RowWriter:

@@ -132,7 +132,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     os.environ.setdefault("GPTLIB_RUNS", str(ROOT / "runs"))
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     client = NotebookClient(
-        notebook, timeout=None, record_timing=False, coalesce_streams=True, kernel_name="python3",
+        notebook, timeout=None, record_timing=False, coalesce_streams=True, kernel_name="python3", extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(folder)}},
     )  # fmt: skip
     try:
