@@ -30,7 +30,7 @@ __all__ = [
     "describe_machine",
 ]
 
-# Device and precision
+# The device
 
 
 class DeviceError(ValueError):
@@ -76,6 +76,9 @@ def check_against_cpu(device: torch.device, tolerance: float = 1e-4) -> None:
         raise DeviceError(
             f"{device} computes attention that is {worst:.1e} off the CPU's; use --device cpu"
         )
+
+
+# The precision
 
 
 @dataclass(frozen=True)

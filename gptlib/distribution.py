@@ -63,6 +63,9 @@ class World:
             dist.barrier()
 
 
+# Joining and leaving
+
+
 def join_world(device: torch.device) -> tuple[World, torch.device]:
     """The world that `torchrun` started this process in, and this process's device; a world of one without it."""
     if "WORLD_SIZE" not in os.environ:

@@ -8,32 +8,47 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
 import tyro
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from gptlib.batches import TokenSplit, load_tokens
 from gptlib.checkpoints import write_text
+from gptlib.corpus import load_corpus
 from gptlib.gpt import GPT
 from gptlib.objective import bits_per_byte, perplexity
-from gptlib.tinywiki import TinyWiki
+from gptlib.sampling import generate
+from gptlib.tinywiki import Probe, TinyWiki
 from gptlib.tokenizer import Tokenizer
-from gptlib.training import errors_in_one_line, load_run
+from gptlib.training import LoadedRun, errors_in_one_line, load_run
 
 __all__ = [
     "windows",
+    "window_rows",
     "token_losses",
+    "protocol",
     "Evaluation",
     "evaluate",
+    "by_document",
     "tinywiki_floor",
+    "continuation_log_probs",
+    "names_drawn",
+    "names_anywhere",
+    "ProbeResult",
+    "run_probes",
+    "most_probable",
+    "read_evaluation",
     "EvaluationOptions",
     "evaluate_run",
+    "probe_run",
     "main",
 ]
 
@@ -57,6 +72,14 @@ def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int
         scored, start = stop + 1, start + stride
 
 
+def window_rows(ids: np.ndarray, spans: Sequence[tuple[int, int, int]], context: int) -> Tensor:
+    """Inputs and last target of each window as (B, context + 1) int64; a short one is filled with zeros."""
+    rows = np.zeros((len(spans), context + 1), np.int64)
+    for row, (start, stop, _) in zip(rows, spans, strict=True):
+        row[: stop - start + 1] = ids[start : stop + 1]
+    return torch.from_numpy(rows)
+
+
 @torch.no_grad()
 def token_losses(
     model: GPT,
@@ -70,39 +93,43 @@ def token_losses(
     """Loss in nats of every token of a stream but the first: (n_tokens - 1,) float64.
 
     context: tokens that a window reads (default: the model's block_size); stride: how far it moves
-    (default: context). The result does not depend on batch_size beyond rounding.
+    (default: context). The result does not depend on batch_size beyond rounding. Raises ValueError
+    for an empty stream and for sizes out of range, naming the value.
     """
-    context = context or model.config.block_size
-    if not 1 <= context <= model.config.block_size:
-        raise ValueError(
-            f"context is {context}; it must be between 1 and the block_size of {model.config.block_size}"
-        )
-    spans = list(windows(len(ids), context, stride or context))
-    losses = np.full(len(ids) - 1, np.nan)
+    context, stride = protocol(model, context, stride)
+    if len(ids) < 1 or batch_size < 1:
+        raise ValueError(f"{len(ids)} tokens in batches of {batch_size}; both must be at least 1")
+    spans = list(windows(len(ids), context, stride))
+    losses = np.full(len(ids) - 1, np.nan)  # NaN: what is not scored below will show
     was_training = model.training
     model.eval()
-    bar = tqdm(total=len(ids) - 1, unit="token", unit_scale=True, disable=not progress)
-    for first in range(0, len(spans), batch_size):
-        group = spans[first : first + batch_size]
-        rows = np.zeros(
-            (len(group), context + 1), np.int64
-        )  # a short last window is padded on the right: nothing before sees it
-        for row, (start, stop, _) in zip(rows, group, strict=True):
-            row[: stop - start + 1] = ids[start : stop + 1]
-        tokens = torch.from_numpy(rows).to(model.device)
-        hidden = model.hidden(tokens[:, :-1])
-        for i, (start, stop, scored) in enumerate(group):
-            part = slice(scored - 1 - start, stop - start)
-            logits = model.head(hidden[i, part]).float()
-            found = F.cross_entropy(logits, tokens[i, 1:][part], reduction="none")
-            losses[scored - 1 : stop] = found.double().cpu().numpy()
-            bar.update(stop - scored + 1)
-    bar.close()
+    with tqdm(total=len(losses), unit="token", unit_scale=True, disable=not progress) as bar:
+        for first in range(0, len(spans), batch_size):
+            group = spans[first : first + batch_size]
+            tokens = window_rows(ids, group, context).to(model.device)  # (B, T + 1)
+            hidden = model.hidden(tokens[:, :-1])  # (B, T, C)
+            for i, (start, stop, scored) in enumerate(group):
+                part = slice(scored - 1 - start, stop - start)
+                logits = model.head(hidden[i, part]).float()
+                found = F.cross_entropy(logits, tokens[i, 1:][part], reduction="none")
+                losses[scored - 1 : stop] = found.double().cpu().numpy()
+                bar.update(stop + 1 - scored)
     model.train(was_training)
     return losses
 
 
-# One result, every unit
+def protocol(model: GPT, context: int | None, stride: int | None) -> tuple[int, int]:
+    """Context and stride with their defaults filled in. Raises ValueError for a context the model has not."""
+    longest = model.config.block_size
+    context = longest if context is None else context
+    if not 1 <= context <= longest:
+        raise ValueError(
+            f"context is {context}; it must be between 1 and the block_size of {longest}"
+        )
+    return context, context if stride is None else stride
+
+
+# The protocol, and one result in every unit
 
 
 @dataclass(frozen=True)
@@ -123,6 +150,7 @@ class Evaluation:
     text_bytes: int
     words: int  # separated by white space, and one line end per line
     floor: float | None = None  # TinyWiki's entropy in nats per token, where it is known
+    blocks: tuple[float, ...] = ()  # mean loss of each stretch of `context` tokens, for crop errors
 
     @property
     def nats_per_token(self) -> float:
@@ -144,9 +172,9 @@ class Evaluation:
         self, level: float = 0.95, draws: int = 2000, seed: int = 0
     ) -> tuple[float, float]:
         """Bootstrap interval of nats per token over documents. Source: Efron and Tibshirani 1993, chapter 13."""
-        nats, tokens = np.array(self.nats), np.array(self.tokens)
-        rng = np.random.default_rng(seed)
-        picks = rng.integers(len(nats), size=(draws, len(nats)))
+        kept = np.array(self.tokens) > 0  # an empty document says nothing
+        nats, tokens = np.array(self.nats)[kept], np.array(self.tokens)[kept]
+        picks = np.random.default_rng(seed).integers(len(nats), size=(draws, len(nats)))
         means = nats[picks].sum(1) / tokens[picks].sum(1)
         low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
@@ -154,7 +182,7 @@ class Evaluation:
     def __str__(self) -> str:
         low, high = self.interval()
         lines = [
-            f"{self.corpus}, {self.split}: {sum(self.tokens):,} tokens of {len(self.tokens):,} documents, step {self.step}",
+            f"{Path(self.corpus).name}, {self.split}: {sum(self.tokens):,} tokens of {len(self.tokens):,} documents, step {self.step}",
             f"context {self.context}, stride {self.stride}",
             f"nats per token     {self.nats_per_token:.4f}   (95% over documents: {low:.4f} to {high:.4f})",
             f"token perplexity   {self.perplexity:.2f}",
@@ -178,19 +206,27 @@ def evaluate(
     stride: int | None = None,
     batch_size: int = 8,
     max_documents: int | None = None,
+    lines: int | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Evaluate a model on a split. max_documents: only the first so many, for a quick look.
 
-    Raises ValueError for an empty split and for losses that are not finite.
+    lines: line ends of the whole split, where its text does not show them all (default: as counted
+    in the token file, or else in the text). Raises ValueError for an empty split and for losses
+    that are not finite.
     """
+    context, stride = protocol(model, context, stride)
     ids = np.asarray(split.ids)
     marks = np.flatnonzero(ids == split.end_of_text)
     if max_documents is not None and max_documents < len(marks) - 1:
-        marks = marks[: max_documents + 1]
+        marks, lines = marks[: max(0, max_documents) + 1], None
         ids = ids[: marks[-1] + 1]
+    elif lines is None:
+        lines = split.record.get("lines")
     if len(ids) - len(marks) < 1:
-        raise ValueError(f"{corpus}, split {name}: no text in it; choose another split")
+        raise ValueError(
+            f"{corpus}, split {name}: no text in it; choose another split, or more documents"
+        )
     losses = token_losses(
         model, ids, context=context, stride=stride, batch_size=batch_size, progress=progress
     )
@@ -198,26 +234,27 @@ def evaluate(
         raise ValueError(
             f"{corpus}, split {name}: the loss is not finite; the weights of step {step} are damaged or diverged"
         )
-    nats, tokens, text_bytes, words = [], [], 0, 0
+    nats, tokens, texts = by_document(losses, ids, marks, tokenizer)
+    if lines is None:
+        lines = sum(text.count(b"\n") for text in texts)
+    whole = losses[: len(losses) // context * context].reshape(-1, context)
+    return Evaluation(
+        corpus=corpus, split=name, context=context, stride=stride, step=step, nats=nats, tokens=tokens,
+        text_bytes=sum(len(text) for text in texts),
+        words=sum(len(text.split()) for text in texts) + lines,
+        floor=tinywiki_floor(name, len(tokens)) / sum(tokens) if corpus == "tinywiki" else None,
+        blocks=tuple(whole.mean(1).tolist()),
+    )  # fmt: skip
+
+
+def by_document(losses: np.ndarray, ids: np.ndarray, marks: np.ndarray, tokenizer: Tokenizer):
+    """Nats, tokens and bytes of the text of each document between the marks, as three tuples."""
+    nats, tokens, texts = [], [], []
     for start, stop in zip(marks[:-1], marks[1:], strict=True):
         nats.append(math.fsum(losses[start : stop - 1]))  # losses[i] belongs to token i + 1
         tokens.append(int(stop - start - 1))
-        text = tokenizer.decode_bytes(ids[start + 1 : stop].tolist())
-        text_bytes += len(text)
-        words += len(text.split())
-    whole = max_documents is None or len(tokens) == split.record["documents"]
-    return Evaluation(
-        corpus=corpus,
-        split=name,
-        context=context or model.config.block_size,
-        stride=stride or context or model.config.block_size,
-        step=step,
-        nats=tuple(nats),
-        tokens=tuple(tokens),
-        text_bytes=text_bytes,
-        words=words + (split.record["lines"] if whole else 0),
-        floor=tinywiki_floor(name, len(tokens)) / sum(tokens) if corpus == "tinywiki" else None,
-    )
+        texts.append(tokenizer.decode_bytes(ids[start + 1 : stop].tolist()))
+    return tuple(nats), tuple(tokens), texts
 
 
 def tinywiki_floor(split: str, documents: int) -> float:
@@ -226,6 +263,152 @@ def tinywiki_floor(split: str, documents: int) -> float:
     return math.fsum(
         article.nats_floor for article, _ in zip(articles, range(documents), strict=False)
     )
+
+
+# Three examples become measurements
+
+
+@torch.no_grad()
+def continuation_log_probs(
+    model: GPT, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
+) -> Tensor:
+    """Log-probability in nats of each continuation of a prompt, (n,); a long prompt loses its oldest tokens."""
+    lengths = torch.tensor([len(c) for c in continuations], device=model.device)
+    width = int(lengths.max())
+    prompt = list(prompt)[-(model.config.block_size + 1 - width) :]
+    rows = [[*prompt, *c, *[0] * (width - len(c))] for c in continuations]
+    tokens = torch.tensor(rows, device=model.device)  # (n, T)
+    hidden = model.hidden(tokens[:, :-1])[
+        :, len(prompt) - 1 :
+    ]  # (n, width, C), what predicts the continuations
+    log_probs = model.head(hidden).float().log_softmax(-1)
+    found = log_probs.gather(-1, tokens[:, len(prompt) :, None])[..., 0]  # (n, width)
+    return found.masked_fill(torch.arange(width, device=model.device) >= lengths[:, None], 0.0).sum(
+        1
+    )
+
+
+def names_drawn(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    is_name: Callable[[str], bool],
+    draws: int,
+    temperature: float,
+    generator: torch.Generator,
+) -> int:
+    """In how many of `draws` continuations of a prompt a person's name comes first."""
+    ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    tokens = torch.tensor([ids], device=model.device).expand(draws, -1)
+    options = {"temperature": temperature, "n_vocab": tokenizer.n_vocab, "generator": generator}
+    drawn = generate(model, tokens, 8, **options)[:, len(ids) :]
+    return sum(is_name(tokenizer.decode(row)) for row in drawn.tolist())
+
+
+def names_anywhere(
+    model: GPT,
+    tokenizer: Tokenizer,
+    *,
+    is_name: Callable[[str], bool],
+    temperature: float,
+    generator: torch.Generator,
+    texts: int = 16,
+    length: int = 100,
+) -> float:
+    """The share of words that are a person's name in text which the model draws from nothing."""
+    tokens = torch.full((texts, 1), tokenizer.end_of_text, device=model.device)
+    options = {"temperature": temperature, "n_vocab": tokenizer.n_vocab, "generator": generator}
+    rows = generate(model, tokens, min(length, model.config.block_size - 1), **options)[
+        :, 1:
+    ].tolist()
+    words = [word for row in rows for word in tokenizer.decode(row).split()]
+    return sum(map(is_name, words)) / max(1, len(words))
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """How often a family of probes succeeded, and how often chance would have."""
+
+    family: str  # name, recall or question
+    correct: int
+    trials: int
+    chance: float  # rate of a guesser, 0 to 1
+
+    @property
+    def rate(self) -> float:
+        return self.correct / self.trials
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Wilson's interval of the rate, for independent trials. Source: Wilson 1927."""
+        z, n, rate = NormalDist().inv_cdf((1 + level) / 2), self.trials, self.rate
+        middle = rate + z * z / (2 * n)
+        half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+        return max(0.0, (middle - half) / (1 + z * z / n)), min(
+            1.0, (middle + half) / (1 + z * z / n)
+        )
+
+    def __str__(self) -> str:
+        low, high = self.interval()
+        counted = f"{self.correct} of {self.trials}"
+        return f"{self.family:9} {counted:>11}   {self.rate:6.1%}   95% {low:6.1%} to {high:6.1%}   chance {self.chance:6.1%}"
+
+
+def run_probes(
+    model: GPT,
+    tokenizer: Tokenizer,
+    probes: Sequence[Probe],
+    *,
+    temperature: float = 1.2,
+    draws: int = 4,
+    seed: int = 0,
+    is_name: Callable[[str], bool] | None = None,
+    progress: bool = False,
+) -> list[ProbeResult]:
+    """One result for each family of probes: name, recall, question.
+
+    A recall or question probe succeeds if its answer is the most probable of its candidates (total
+    log-probability after the end-of-text mark and the prompt); a name probe has `draws` trials, each
+    a success if a name comes next at `temperature`. is_name: default, TinyWiki's people.
+    """
+    is_name = is_name or TinyWiki().is_person_name
+    generator = torch.Generator(model.device).manual_seed(seed)
+    drawing = {"is_name": is_name, "temperature": temperature, "generator": generator}
+    counts: dict[str, list[float]] = {}  # family -> correct, trials, sum of chances
+    for probe in tqdm(probes, unit="probe", disable=not progress):
+        count = counts.setdefault(probe.family, [0, 0, 0.0])
+        if probe.family == "name":
+            count[0] += names_drawn(model, tokenizer, probe.prompt, draws=draws, **drawing)
+            count[1] += draws
+        else:
+            count[0] += most_probable(model, tokenizer, probe) == probe.answer
+            count[1] += 1
+            count[2] += 1 / len(probe.candidates)
+    if "name" in counts:
+        counts["name"][2] = counts["name"][1] * names_anywhere(model, tokenizer, **drawing)
+    return [
+        ProbeResult(family, int(c), int(n), chance / n) for family, (c, n, chance) in counts.items()
+    ]
+
+
+def most_probable(model: GPT, tokenizer: Tokenizer, probe: Probe) -> str:
+    """The candidate that the model finds most probable after the probe's prompt."""
+    prompt = [tokenizer.end_of_text, *tokenizer.encode(probe.prompt)]
+    continuations = [tokenizer.encode(" " + candidate) for candidate in probe.candidates]
+    return probe.candidates[int(continuation_log_probs(model, prompt, continuations).argmax())]
+
+
+# Real runs
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """What `--out` wrote. Raises ValueError if it is not an evaluation."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return Evaluation(**values | lists)
+    except (TypeError, AttributeError, json.JSONDecodeError):
+        raise ValueError(f"{path}: not an evaluation; write one with --out") from None
 
 
 # From the command line
@@ -244,28 +427,48 @@ class EvaluationOptions:
     batch_size: int = 8
     max_documents: int | None = None
     device: str = "auto"
-    out: Path | None = None  # write the losses of each document here, as JSON
+    probes: bool = False  # measure the report's three examples on TinyWiki's facts instead
+    out: Path | None = (
+        None  # write the losses of each document (or the probes' counts) here, as JSON
+    )
 
 
 def evaluate_run(options: EvaluationOptions, *, progress: bool = True) -> Evaluation:
     """Evaluate as the command line does. Raises what reading the run or the corpus raises."""
     run = load_run(options.run, which=options.which, device=options.device)
     corpus = options.corpus or run.config.corpus
+    protocol(run.model, options.context, options.stride)  # complain before the corpus is read
     split = load_tokens(corpus, run.tokenizer, progress=progress).split(options.split)
+    lines = split.record.get("lines")
+    if lines is None:
+        lines = sum(piece.lines for piece in load_corpus(corpus).pieces(options.split))
     result = evaluate(
         run.model, split, run.tokenizer, corpus=corpus, name=options.split, step=run.step, context=options.context,
-        stride=options.stride, batch_size=options.batch_size, max_documents=options.max_documents, progress=progress,
+        stride=options.stride, batch_size=options.batch_size, max_documents=options.max_documents, lines=lines,
+        progress=progress,
     )  # fmt: skip
     if options.out:
         write_text(options.out, json.dumps(dataclasses.asdict(result)) + "\n")
     return result
 
 
+def probe_run(options: EvaluationOptions, *, progress: bool = True) -> list[ProbeResult]:
+    """Run TinyWiki's probes on a run, as the command line does."""
+    run: LoadedRun = load_run(options.run, which=options.which, device=options.device)
+    results = run_probes(run.model, run.tokenizer, TinyWiki().probes(), progress=progress)
+    if options.out:
+        write_text(options.out, json.dumps([dataclasses.asdict(r) for r in results]) + "\n")
+    return results
+
+
 def main() -> None:
-    """`python -m gptlib.evaluation --run RUN --corpus NAME --split validation`."""
+    """`python -m gptlib.evaluation --run RUN --corpus NAME --split validation`, or `--run RUN --probes`."""
     options = tyro.cli(EvaluationOptions)
     with errors_in_one_line():
-        print(evaluate_run(options))
+        if options.probes:
+            print("\n".join(map(str, probe_run(options))))
+        else:
+            print(evaluate_run(options))
 
 
 if __name__ == "__main__":

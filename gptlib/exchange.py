@@ -37,27 +37,30 @@ __all__ = [
     "ACTIVATION_NAMES",
     "ExchangeError",
     "to_gpt2_weights",
-    "from_gpt2_weights",
     "gpt2_config",
-    "our_config",
     "byte_letters",
     "merges_of",
     "to_fast_tokenizer",
-    "from_tokenizer_json",
     "DTYPES",
     "MODEL_CARD",
-    "export_run",
     "model_card",
+    "export_run",
+    "from_gpt2_weights",
+    "plain_names",
+    "our_config",
+    "from_tokenizer_json",
+    "read_json",
     "import_model",
+    "read_safetensors",
     "fetch",
-    "save_imported",
     "crop_block_size",
+    "save_imported",
     "Export",
     "Import",
     "main",
 ]
 
-# Names and shapes on the other side
+# Exchange: to transformers and back
 
 LINEAR = (
     "c_attn.weight",
@@ -71,6 +74,9 @@ ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new"}  # ours -> theirs
 
 class ExchangeError(ValueError):
     """A model that cannot be exported or imported; the message names the key or feature."""
+
+
+# Names and shapes on the other side
 
 
 def to_gpt2_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
@@ -93,47 +99,6 @@ def to_gpt2_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
     return weights
 
 
-def from_gpt2_weights(weights: dict[str, Tensor], config: GPTConfig) -> GPT:
-    """The inverse, strict: an unknown key, a missing one or a wrong shape raises ExchangeError naming it."""
-    model = GPT(config)
-    wanted = model.state_dict()
-    found = {}
-    for name, value in weights.items():
-        short = name.removeprefix("transformer.")
-        if short.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # old checkpoints carry the mask as a buffer
-        if short == "lm_head.weight":
-            if not torch.equal(
-                value, weights.get("transformer.wte.weight", weights.get("wte.weight"))
-            ):
-                raise ExchangeError(
-                    "lm_head.weight differs from wte.weight; a model with an untied head is not a GPT of this book"
-                )
-            continue
-        found[short] = value.T.contiguous() if short.endswith(LINEAR) else value
-    for name in [*found, *wanted]:
-        if name not in wanted:
-            raise ExchangeError(f"unknown weight {name!r}; this is not a plain GPT-2")
-        if name not in found:
-            raise ExchangeError(f"weight {name!r} is missing")
-        if name != "wte.weight" and found[name].shape != wanted[name].shape:
-            raise ExchangeError(
-                f"weight {name!r} has shape {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
-            )
-        if not torch.isfinite(found[name]).all():
-            raise ExchangeError(f"weight {name!r} holds values that are not finite")
-    table = torch.zeros_like(wanted["wte.weight"])  # rows of padding stay 0
-    if found["wte.weight"].shape[1] != table.shape[1] or len(found["wte.weight"]) > len(table):
-        raise ExchangeError(
-            f"weight 'wte.weight' has shape {tuple(found['wte.weight'].shape)}, not {tuple(table.shape)}"
-        )
-    table[: len(found["wte.weight"])] = found["wte.weight"]
-    model.load_state_dict(
-        {name: value.float() for name, value in (found | {"wte.weight": table}).items()}
-    )
-    return model.eval()
-
-
 def gpt2_config(config: GPTConfig, n_vocab: int, end_of_text: int):
     """The `transformers.GPT2Config` of one of our models."""
     from transformers import GPT2Config
@@ -150,44 +115,6 @@ def gpt2_config(config: GPTConfig, n_vocab: int, end_of_text: int):
         attn_pdrop=config.dropout,
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
-    )
-
-
-def our_config(theirs: dict, *, vocab_size: int | None = None) -> GPTConfig:
-    """Our configuration for a GPT-2 `config.json`. Raises ExchangeError, naming it, for what GPT-2 has not."""
-    if theirs.get("model_type") != "gpt2":
-        raise ExchangeError(
-            f"model_type is {theirs.get('model_type')!r}, not 'gpt2'; only GPT-2's architecture can be imported"
-        )
-    plain = {
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-        "tie_word_embeddings": True,
-        "layer_norm_epsilon": 1e-5,
-    }
-    for key, value in plain.items():
-        if theirs.get(key, value) != value:
-            raise ExchangeError(f"{key} is {theirs[key]!r}; the models of this book have {value!r}")
-    if theirs.get("n_inner") not in (None, 4 * theirs["n_embd"]):
-        raise ExchangeError(
-            f"n_inner is {theirs['n_inner']}; the MLP of this book is 4 * n_embd = {4 * theirs['n_embd']} wide"
-        )
-    ours = {name: key for key, name in ACTIVATION_NAMES.items()} | {
-        "gelu_pytorch_tanh": "gelu_tanh"
-    }
-    activation = theirs.get("activation_function", "gelu_new")
-    if activation not in ours:
-        raise ExchangeError(f"activation_function is {activation!r}; there are {', '.join(ours)}")
-    return GPTConfig(
-        n_layer=theirs["n_layer"],
-        n_head=theirs["n_head"],
-        n_embd=theirs["n_embd"],
-        block_size=theirs.get("n_positions", 1024),
-        bias=True,
-        vocab_size=vocab_size or theirs["vocab_size"],
-        dropout=0.0,
-        activation=ours[activation],
     )
 
 
@@ -218,7 +145,11 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def to_fast_tokenizer(tokenizer: Tokenizer, block_size: int):
-    """A `transformers.PreTrainedTokenizerFast` that gives the same ids on all text. Needs GPT-2's split pattern."""
+    """A `transformers.PreTrainedTokenizerFast` that gives the same ids on all text. Needs GPT-2's split pattern.
+
+    By transformers' custom the words `<|endoftext|>` in a text become the mark; with
+    `split_special_tokens=True` they are ordinary text, as `Tokenizer.encode` has them.
+    """
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as FastTokenizer
     from transformers import PreTrainedTokenizerFast
@@ -244,29 +175,6 @@ def to_fast_tokenizer(tokenizer: Tokenizer, block_size: int):
         tokenizer_object=fast, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT,
         model_max_length=block_size, clean_up_tokenization_spaces=False,
     )  # fmt: skip
-
-
-def from_tokenizer_json(path: Path, name: str) -> Tokenizer:
-    """The byte-level BPE of a `tokenizer.json` as one of ours. Raises ExchangeError if it is of another kind."""
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored["model"].get("type") != "BPE":
-        raise ExchangeError(
-            f"{path.name}: a {stored['model'].get('type')} tokenizer; only byte-level BPE can be imported"
-        )
-    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
-    special = {token["content"] for token in stored.get("added_tokens", [])}
-    vocabulary = {t: i for t, i in stored["model"]["vocab"].items() if t not in special}
-    try:
-        ranks = {bytes(bytes_of[c] for c in token): i for token, i in vocabulary.items()}
-    except KeyError as error:
-        raise ExchangeError(
-            f"{path.name}: {error} is no byte-level letter; only byte-level BPE can be imported"
-        ) from None
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise ExchangeError(
-            f"{path.name}: ids do not count the merges; only GPT-2's numbering can be imported"
-        )
-    return Tokenizer(name=name, ranks=ranks, pattern=GPT2_PATTERN)
 
 
 # Export
@@ -298,18 +206,44 @@ It continues text in the manner of its corpus and knows little else. Configurati
 """
 
 
+def model_card(run: LoadedRun) -> str:
+    """The README of an exported model."""
+    rows = [
+        r
+        for r in read_rows(run.path / "metrics.jsonl")
+        if r.get("step") == run.step and "validation_loss" in r
+    ]
+    return MODEL_CARD.format(
+        name=run.path.name,
+        parameters=run.model.n_parameters(),
+        corpus=Path(run.config.corpus).name,
+        step=run.step,
+        steps=run.config.steps,
+        tokens=run.config.tokens_per_step,
+        loss=f"{rows[-1]['validation_loss']:.4f}" if rows else "not measured",
+        tokenizer=run.tokenizer.name,
+        n_vocab=run.tokenizer.n_vocab,
+        config=json.dumps(dataclasses.asdict(run.config), indent=1),
+        **{k: getattr(run.model.config, k) for k in ("n_layer", "n_head", "n_embd", "block_size")},
+    )
+
+
 def export_run(run: LoadedRun, out: Path, *, dtype: str = "fp32") -> Path:
     """Write a run as a folder that `AutoModelForCausalLM` and `AutoTokenizer` open; whole or not at all.
 
     Raises ExchangeError if the folder exists, the dtype is unknown or a weight is not finite.
     """
-    from transformers import GenerationConfig, GPT2LMHeadModel
-
     out = Path(out)
     if out.exists():
         raise ExchangeError(f"{out} exists; choose another --out or delete it")
     if dtype not in DTYPES:
         raise ExchangeError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    try:
+        from transformers import GenerationConfig, GPT2LMHeadModel
+    except ImportError:
+        raise ExchangeError(
+            "the library transformers is not installed; pip install transformers"
+        ) from None
     for name, value in run.model.state_dict().items():
         if not torch.isfinite(value).all():
             raise ExchangeError(
@@ -339,29 +273,152 @@ def export_run(run: LoadedRun, out: Path, *, dtype: str = "fp32") -> Path:
     return out
 
 
-def model_card(run: LoadedRun) -> str:
-    """The README of an exported model."""
-    rows = [
-        r
-        for r in read_rows(run.path / "metrics.jsonl")
-        if r.get("step") == run.step and "validation_loss" in r
-    ]
-    return MODEL_CARD.format(
-        name=run.path.name,
-        parameters=run.model.n_parameters(),
-        corpus=Path(run.config.corpus).name,
-        step=run.step,
-        steps=run.config.steps,
-        tokens=run.config.tokens_per_step,
-        loss=f"{rows[-1]['validation_loss']:.4f}" if rows else "not measured",
-        tokenizer=run.tokenizer.name,
-        n_vocab=run.tokenizer.n_vocab,
-        config=json.dumps(dataclasses.asdict(run.config), indent=1),
-        **{k: getattr(run.model.config, k) for k in ("n_layer", "n_head", "n_embd", "block_size")},
+# In from GPT-2
+
+
+def from_gpt2_weights(weights: dict[str, Tensor], config: GPTConfig) -> GPT:
+    """The inverse, strict: an unknown key, a missing one or a wrong shape raises ExchangeError naming it."""
+    model = GPT(config)
+    wanted = model.state_dict()
+    found = plain_names(weights)
+    for name in [*found, *wanted]:
+        if name not in wanted:
+            raise ExchangeError(f"unknown weight {name!r}; this is not a plain GPT-2")
+        if name not in found:
+            raise ExchangeError(f"weight {name!r} is missing")
+        shape, right = tuple(found[name].shape), tuple(wanted[name].shape)
+        cropped = (
+            name == "wte.weight"
+            and len(shape) == 2
+            and shape[0] <= right[0]
+            and shape[1] == right[1]
+        )
+        if shape != right and not cropped:
+            raise ExchangeError(f"weight {name!r} has shape {shape}, not {right}")
+        if not torch.isfinite(found[name]).all():
+            raise ExchangeError(f"weight {name!r} holds values that are not finite")
+    table = torch.zeros_like(wanted["wte.weight"])  # rows of padding stay 0
+    table[: len(found["wte.weight"])] = found["wte.weight"]
+    model.load_state_dict(
+        {name: value.float() for name, value in (found | {"wte.weight": table}).items()}
+    )
+    return model.eval()
+
+
+def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' weights under our names, linear layers turned back, and what is no weight left out."""
+    table = weights.get("transformer.wte.weight", weights.get("wte.weight"))
+    found = {}
+    for name, value in weights.items():
+        short = name.removeprefix("transformer.")
+        if short.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # old checkpoints carry the causal mask as a buffer
+        if short == "lm_head.weight":
+            if table is None or not torch.equal(value, table):
+                raise ExchangeError(
+                    "lm_head.weight differs from wte.weight; a model with an untied head is not a GPT of this book"
+                )
+            continue
+        found[short] = (
+            value.T.contiguous() if short.endswith(LINEAR) and value.dim() == 2 else value
+        )
+    return found
+
+
+def our_config(theirs: dict, *, vocab_size: int | None = None) -> GPTConfig:
+    """Our configuration for a GPT-2 `config.json`. Raises ExchangeError, naming it, for what GPT-2 has not."""
+    if theirs.get("model_type") != "gpt2":
+        raise ExchangeError(
+            f"model_type is {theirs.get('model_type')!r}, not 'gpt2'; only GPT-2's architecture can be imported"
+        )
+    plain = {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+        "layer_norm_epsilon": 1e-5,
+    }
+    for key, value in plain.items():
+        if theirs.get(key, value) != value:
+            raise ExchangeError(f"{key} is {theirs[key]!r}; the models of this book have {value!r}")
+    shape = {
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+    }  # GPT-2's own
+    shape |= {key: theirs[key] for key in shape if key in theirs}
+    if theirs.get("n_inner") not in (None, 4 * shape["n_embd"]):
+        raise ExchangeError(
+            f"n_inner is {theirs['n_inner']}; the MLP of this book is 4 * n_embd = {4 * shape['n_embd']} wide"
+        )
+    ours = {name: key for key, name in ACTIVATION_NAMES.items()} | {
+        "gelu_pytorch_tanh": "gelu_tanh"
+    }
+    activation = theirs.get("activation_function", "gelu_new")
+    if activation not in ours:
+        raise ExchangeError(f"activation_function is {activation!r}; there are {', '.join(ours)}")
+    return GPTConfig(
+        n_layer=shape["n_layer"],
+        n_head=shape["n_head"],
+        n_embd=shape["n_embd"],
+        block_size=shape["n_positions"],
+        bias=True,
+        vocab_size=vocab_size or shape["vocab_size"],
+        dropout=0.0,
+        activation=ours[activation],
     )
 
 
-# Import
+def from_tokenizer_json(path: Path, name: str) -> Tokenizer:
+    """The byte-level BPE of a `tokenizer.json` as one of ours. Raises ExchangeError if it is of another kind."""
+    stored = read_json(path)
+    bpe = stored.get("model") or {}
+    if bpe.get("type") != "BPE":
+        raise ExchangeError(
+            f"{path.name}: a {bpe.get('type')} tokenizer; only byte-level BPE can be imported"
+        )
+    cut = stored.get("pre_tokenizer") or {}
+    plain = (
+        cut.get("type") == "ByteLevel"
+        and not cut.get("add_prefix_space")
+        and cut.get("use_regex", True)
+    )
+    if not plain or stored.get("normalizer"):
+        raise ExchangeError(
+            f"{path.name}: it does not split text as GPT-2 does (pre_tokenizer {cut.get('type')}); it cannot be imported"
+        )
+    special = {token["content"]: token["id"] for token in stored.get("added_tokens", [])}
+    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
+    vocabulary = {t: i for t, i in bpe["vocab"].items() if t not in special}
+    try:
+        ranks = {bytes(bytes_of[c] for c in token): i for token, i in vocabulary.items()}
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in bpe["merges"]]
+        merges = [tuple(bytes(bytes_of[c] for c in half) for half in pair) for pair in merges]
+    except KeyError as error:
+        raise ExchangeError(
+            f"{path.name}: {error} is no byte-level letter; only byte-level BPE can be imported"
+        ) from None
+    if sorted(ranks.values()) != list(range(len(ranks))) or merges_of(ranks) != merges:
+        raise ExchangeError(
+            f"{path.name}: ids do not count the merges; only GPT-2's numbering can be imported"
+        )
+    if special.get(END_OF_TEXT) != len(ranks):
+        raise ExchangeError(
+            f"{path.name}: {END_OF_TEXT} has id {special.get(END_OF_TEXT)}, not {len(ranks)}, the next after the merges"
+        )
+    return Tokenizer(name=name, ranks=ranks, pattern=GPT2_PATTERN)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file, or an ExchangeError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ExchangeError(
+            f"{path.name}: damaged (no JSON); fetch or export the model again"
+        ) from None
 
 
 def import_model(source: str) -> tuple[GPT, Tokenizer]:
@@ -371,16 +428,18 @@ def import_model(source: str) -> tuple[GPT, Tokenizer]:
     """
     folder = Path(source)
     if not folder.is_dir():
+        if source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise ExchangeError(
+                f"{source}: no such folder; give a transformers model folder or a hub name such as gpt2"
+            )
         folder = fetch(source)
     if not (folder / "config.json").exists():
         raise ExchangeError(
             f"{source}: no config.json there; give a transformers model folder or a hub name such as gpt2"
         )
-    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = our_config(read_json(folder / "config.json"))
     if (folder / "model.safetensors").exists():
-        from safetensors.torch import load_file
-
-        weights = load_file(folder / "model.safetensors")
+        weights = read_safetensors(folder / "model.safetensors")
     elif (folder / "pytorch_model.bin").exists():
         weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
     else:
@@ -390,7 +449,24 @@ def import_model(source: str) -> tuple[GPT, Tokenizer]:
             f"{source}: no tokenizer.json there; save it with AutoTokenizer.save_pretrained"
         )
     tokenizer = from_tokenizer_json(folder / "tokenizer.json", Path(source).name)
-    return from_gpt2_weights(weights, our_config(theirs)), tokenizer
+    if tokenizer.n_vocab > config.vocab_size:
+        raise ExchangeError(
+            f"{source}: its tokenizer has {tokenizer.n_vocab} ids and the model only {config.vocab_size}; they do not belong together"
+        )
+    return from_gpt2_weights(weights, config), tokenizer
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or an ExchangeError if it is cut off."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ExchangeError(
+            f"{path.name}: damaged ({error}); fetch or export the model again"
+        ) from None
 
 
 def fetch(name: str) -> Path:
@@ -409,6 +485,21 @@ def fetch(name: str) -> Path:
         raise ExchangeError(
             f"{name}: no such folder, and the hub does not give it ({reason}); give a local folder"
         ) from None
+
+
+# A shorter context, and a run folder
+
+
+def crop_block_size(model: GPT, block_size: int) -> GPT:
+    """The same model with a shorter context: positions from `block_size` on are dropped."""
+    if not 1 <= block_size <= model.config.block_size:
+        raise ExchangeError(
+            f"block_size {block_size} is not between 1 and the model's {model.config.block_size}"
+        )
+    cropped = GPT(dataclasses.replace(model.config, block_size=block_size))
+    state = model.state_dict()
+    cropped.load_state_dict(state | {"wpe.weight": state["wpe.weight"][:block_size]})
+    return cropped.train(model.training)
 
 
 def save_imported(model: GPT, tokenizer: Tokenizer, source: str, out: Path) -> None:
@@ -439,18 +530,6 @@ def save_imported(model: GPT, tokenizer: Tokenizer, source: str, out: Path) -> N
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-
-
-def crop_block_size(model: GPT, block_size: int) -> GPT:
-    """The same model with a shorter context: positions from `block_size` on are dropped."""
-    if not 1 <= block_size <= model.config.block_size:
-        raise ExchangeError(
-            f"block_size {block_size} is not between 1 and the model's {model.config.block_size}"
-        )
-    cropped = GPT(dataclasses.replace(model.config, block_size=block_size))
-    state = model.state_dict()
-    cropped.load_state_dict(state | {"wpe.weight": state["wpe.weight"][:block_size]})
-    return cropped.train(model.training)
 
 
 # From the command line
@@ -486,7 +565,7 @@ def main() -> None:
             export_run(load_run(command.run, which=command.which), command.out, dtype=command.dtype)
         else:
             model, tokenizer = import_model(command.model)
-            if command.block_size:
+            if command.block_size is not None:
                 model = crop_block_size(model, command.block_size)
             save_imported(model, tokenizer, command.model, command.out)
         print(f"wrote {command.out}")

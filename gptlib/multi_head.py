@@ -36,13 +36,10 @@ class CausalSelfAttention(nn.Module):
         """cache: None, or an object whose `update(k, v)` returns the keys and values of all positions so far."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        q, k, v = (
-            t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v)
-        )  # (B, nh, T, hs)
+        shape = (B, T, self.n_head, C // self.n_head)
+        q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, nh, S, hs) with S >= T
-        y = causal_attention(
-            q, k, v, dropout=self.dropout if self.training else 0.0
-        )  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        y = causal_attention(q, k, v, dropout=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> heads side by side again
         return self.resid_dropout(self.c_proj(y))

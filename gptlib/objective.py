@@ -10,7 +10,7 @@ import math
 import torch
 from torch import nn
 
-__all__ = ["perplexity", "bits_per_byte", "learning_rate", "parameter_groups", "make_adamw"]
+__all__ = ["perplexity", "bits_per_byte", "parameter_groups", "make_adamw", "learning_rate"]
 
 # What a loss is worth in other units
 
@@ -23,6 +23,27 @@ def perplexity(loss: float) -> float:
 def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
     """Loss in nats per token -> bits per byte of text, which does not depend on the tokenizer."""
     return loss * tokens / math.log(2) / text_bytes
+
+
+# AdamW's two groups
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices (and embeddings) decay, vectors (biases and norms) do not."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+def make_adamw(
+    model: nn.Module, *, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; its rate is set before every step. Source: Loshchilov and Hutter 2019."""
+    groups = parameter_groups(model, weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
 # The learning rate of a step
@@ -42,24 +63,3 @@ def learning_rate(
         return final
     progress = (step - warmup_steps) / (decay_steps - warmup_steps)  # 0 .. 1
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-# AdamW and its two groups
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices (and embeddings) decay, vectors (biases and norms) do not."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-
-
-def make_adamw(
-    model: nn.Module, *, weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; its rate is set before every step. Source: Loshchilov and Hutter 2019."""
-    groups = parameter_groups(model, weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)

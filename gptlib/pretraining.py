@@ -36,12 +36,15 @@ from gptlib.training import (
 
 __all__ = ["pretrain", "Plan", "plan", "Command", "preset_of", "main"]
 
-# The command
+# The choice
 
 
 def pretrain(config: TrainConfig, options: RunOptions) -> LoadedRun | None:
     """Start or resume a pretraining run, with the fast loss of chapter 11. Returns what `load_run` would."""
     return run_training(config, options, loss_fn=fast_loss(config.model.vocab_size))
+
+
+# Predict, then measure
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,9 @@ def plan(config: TrainConfig, options: RunOptions, *, steps: int = 20) -> Plan:
         tokens_per_second=rate,
         mfu=rate * model.flops_per_token() / peak if peak else None,
     )
+
+
+# From the shell
 
 
 @dataclass(frozen=True)

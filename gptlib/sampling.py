@@ -16,7 +16,7 @@ import tyro
 from torch import Tensor
 
 from gptlib.gpt import GPT
-from gptlib.training import errors_in_one_line, load_run
+from gptlib.training import LoadedRun, errors_in_one_line, load_run
 
 __all__ = [
     "check_sampling",
@@ -25,6 +25,7 @@ __all__ = [
     "KVCache",
     "window_start",
     "stream",
+    "check_tokens",
     "generate",
     "SamplingOptions",
     "main",
@@ -36,8 +37,10 @@ __all__ = [
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raises ValueError, naming the value, for settings that describe no distribution."""
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be above 0 (top_k=1 is greedy)")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(
+            f"temperature is {temperature}; it must be above 0 and finite (top_k=1 is greedy)"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(
             f"top_k is {top_k}; it must be at least 1 (1 is greedy), or None for all tokens"
@@ -54,30 +57,28 @@ def next_token_probs(
     top_p: float | None = None,
     n_vocab: int | None = None,
 ) -> Tensor:
-    """(B, V) logits -> (B, V) float32 probabilities to draw the next token from.
+    """(B, V) logits -> (B, V) float32 probabilities to draw the next token from; (B, n_vocab) if that is less.
 
-    n_vocab: ids from here on are padding and get probability 0. top_k keeps the k most probable
-    tokens, top_p the fewest that together have at least probability p. Sources: Fan et al. 2018
-    (top-k), Holtzman et al. 2020 (top-p).
+    n_vocab: ids from here on are padding; they are cut off. top_k keeps the k most probable tokens,
+    top_p the fewest that together have at least probability p. Sources: Fan et al. 2018 (top-k),
+    Holtzman et al. 2020 (top-p). Raises ValueError for settings that describe no distribution.
     """
     check_sampling(temperature, top_k, top_p)
     logits = logits.float() / temperature
     if n_vocab is not None and n_vocab < logits.shape[-1]:
         logits = logits[:, :n_vocab]
-    size = logits.shape[-1]
     if top_k is None and top_p is None:
-        probs = logits.softmax(-1)
-    else:
-        best, ids = logits.topk(
-            min(top_k or size, size), dim=-1
-        )  # sorted, so top_k=1 keeps one even in a tie
-        kept = best.softmax(-1)
-        if top_p is not None:
-            before = kept.cumsum(-1) - kept  # probability of the tokens that rank above
-            kept = kept.masked_fill(before >= top_p, 0.0)
-            kept = kept / kept.sum(-1, keepdim=True)
-        probs = torch.zeros_like(logits).scatter(-1, ids, kept)
-    return probs
+        return logits.softmax(-1)
+    size = logits.shape[-1]
+    best, ids = logits.topk(
+        min(top_k or size, size), dim=-1
+    )  # sorted, so top_k=1 keeps one even in a tie
+    kept = best.softmax(-1)
+    if top_p is not None:
+        before = kept.cumsum(-1) - kept  # probability of the tokens that rank above
+        kept = kept.masked_fill(before >= top_p, 0.0)
+        kept = kept / kept.sum(-1, keepdim=True)
+    return torch.zeros_like(logits).scatter(-1, ids, kept)
 
 
 # The cache
@@ -114,7 +115,7 @@ class KVCache:
         return self.layers[0].length
 
 
-# Drawing tokens
+# Beyond the block
 
 
 def window_start(length: int, block_size: int) -> int:
@@ -125,6 +126,9 @@ def window_start(length: int, block_size: int) -> int:
     """
     jump = max(1, block_size // 2)
     return -(-max(0, length - block_size) // jump) * jump
+
+
+# The loop that goes into gptlib
 
 
 @torch.no_grad()
@@ -143,23 +147,17 @@ def stream(
 ) -> Iterator[Tensor]:
     """Yield one (B,) int64 tensor of new tokens after another; arguments as in `generate`."""
     check_sampling(temperature, top_k, top_p)
-    if tokens.ndim != 2 or tokens.shape[1] < 1:
-        raise ValueError(
-            f"tokens have shape {tuple(tokens.shape)}; give (B, T) with T at least 1, an end-of-text mark if nothing else"
-        )
-    if int(tokens.min()) < 0 or int(tokens.max()) >= model.config.vocab_size:
-        raise ValueError(
-            f"token id {int(tokens.max())} is outside the vocabulary of {model.config.vocab_size}; is it another tokenizer's?"
-        )
+    check_tokens(tokens, model.config.vocab_size)
     head = head or model.head
     block_size, cache, start = model.config.block_size, None, -1
     for _ in range(max_new_tokens):
-        if cache is None or window_start(tokens.shape[1], block_size) != start or not use_cache:
+        moved = window_start(tokens.shape[1], block_size) != start
+        if moved or not use_cache:
             start = window_start(tokens.shape[1], block_size)
             cache = KVCache(model) if use_cache else None
-            x = model.hidden(tokens[:, start:], cache)
+            x = model.hidden(tokens[:, start:], cache)  # (B, T, C)
         else:
-            x = model.hidden(tokens[:, -1:], cache)
+            x = model.hidden(tokens[:, -1:], cache)  # (B, 1, C)
         logits = head(x[:, -1])  # (B, V): the last position has read all the others
         probs = next_token_probs(
             logits, temperature=temperature, top_k=top_k, top_p=top_p, n_vocab=n_vocab
@@ -167,6 +165,19 @@ def stream(
         new = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
         tokens = torch.cat([tokens, new], dim=1)
         yield new[:, 0]
+
+
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Raises ValueError unless tokens are (B, T), at least one to a row, and all in the vocabulary."""
+    if tokens.ndim != 2 or tokens.shape[1] < 1:
+        raise ValueError(
+            f"tokens have shape {tuple(tokens.shape)}; give (B, T) with T at least 1, an end-of-text mark if nothing else"
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}; is it another tokenizer's?"
+        )
 
 
 def generate(
@@ -196,7 +207,7 @@ def generate(
     return torch.cat([tokens, *(new[:, None] for new in draws)], dim=1)
 
 
-# From the command line
+# Text as it comes
 
 
 @dataclass(frozen=True)
@@ -226,7 +237,7 @@ def main() -> None:
             print_sample(run, options, generator)
 
 
-def print_sample(run, options: SamplingOptions, generator: torch.Generator) -> None:
+def print_sample(run: LoadedRun, options: SamplingOptions, generator: torch.Generator) -> None:
     """Write a continuation to standard output as it is drawn; ends at the end-of-text mark."""
     ids = [run.tokenizer.end_of_text, *run.tokenizer.encode(options.prompt)]
     tokens = torch.tensor([ids], device=run.model.device)

@@ -42,6 +42,7 @@ __all__ = [
     "TEAM_LEAD",
     "TEAM_HOME",
     "TEAM_RECORD",
+    "TEAM_RIVALS",
     "TEAM_PLAYERS",
     "SPECIES_NAMES",
     "SPECIES_FACTS",
@@ -56,6 +57,7 @@ __all__ = [
     "SHIP_BUILD",
     "SHIP_BOARD",
     "SHIP_SERVICE",
+    "SHIP_END",
     "ALBUM_NAMES",
     "ALBUM_FACTS",
     "ALBUM_LEAD",
@@ -108,10 +110,11 @@ __all__ = [
     "finished",
     "Reader",
     "Replay",
+    "read_back",
     "SPLITS",
     "DEFAULT_BYTES",
-    "count_out",
     "check_split",
+    "count_out",
     "TinyWiki",
     "main",
     "Probe",
@@ -518,6 +521,9 @@ The [next|following] match , against <x=town/town> , was [abandoned|lost|won] [i
 The return match [was drawn|was lost|was never played] .
 [It then went|The team went] <3..12> matches without [defeat|a win] .
 A [tour|journey] to <x=town/town> [followed|ended badly] .
+"""
+
+TEAM_RIVALS = """
 -- 13
 * 16
 The team 's [oldest|fiercest] rival is {rival.town} .
@@ -791,6 +797,9 @@ The repairs [took|lasted] <3..30> weeks .
 [No one was hurt|There were no deaths] .
 An inquiry [blamed|cleared] {captain} .
 The damage was put at <10..90> @,@ 000 crowns .
+"""
+
+SHIP_END = """
 -- 14
 * 16
 She was {fate} in {fate_year} .
@@ -1072,9 +1081,9 @@ NAME_PARTS = {
 GRAMMAR = {
     "town": TOWN_LEAD + TOWN_HISTORY + TOWN_COUNCIL + TOWN_LIFE,
     "river": RIVER_LEAD + RIVER_COURSE + RIVER_LIFE + RIVER_USE,
-    "team": TEAM_LEAD + TEAM_HOME + TEAM_RECORD + TEAM_PLAYERS,
+    "team": TEAM_LEAD + TEAM_HOME + TEAM_RECORD + TEAM_RIVALS + TEAM_PLAYERS,
     "species": SPECIES_LEAD + SPECIES_BODY + SPECIES_LIFE + SPECIES_PEOPLE,
-    "ship": SHIP_LEAD + SHIP_BUILD + SHIP_BOARD + SHIP_SERVICE,
+    "ship": SHIP_LEAD + SHIP_BUILD + SHIP_BOARD + SHIP_SERVICE + SHIP_END,
     "album": ALBUM_LEAD + ALBUM_MAKING + ALBUM_MUSIC + ALBUM_RECEPTION,
     "person": PERSON_LEAD + PERSON_LIFE + PERSON_FRIENDS + PERSON_WORK,
 }
@@ -1586,7 +1595,8 @@ class Reader:
 class Replay(Draws):
     """Stands in for `Draws` and hands out choices that were made before."""
 
-    def __init__(self, choices: list[int]):
+    def __init__(self, seed: int, choices: list[int]):
+        super().__init__(seed, "replay")
         self.choices = iter(choices)
 
     def below(self, n: int) -> int:
@@ -1594,6 +1604,18 @@ class Replay(Draws):
 
     def pick(self, weights: tuple[int, ...]) -> int:
         return next(self.choices)
+
+
+def read_back(seed: int, text: str) -> list[Article]:
+    """One Article per derivation of `text`; empty if the world of this seed cannot have it."""
+    title = re.match(r" \n = (.+?) = \n", text)
+    subject = entity_of(seed, title[1]) if title else None
+    if subject is None:
+        return []
+    place = subject.index - (0 if subject.famous else FAMOUS[subject.kind])
+    start = [KINDS.index(subject.kind), int(subject.famous), place]
+    found = Reader(seed, subject, text).derivations()
+    return [finished(Writer(seed, Replay(seed, start + choices))) for choices in found]
 
 
 # The corpus
@@ -1604,6 +1626,12 @@ SPLITS = ("train", "validation", "test")
 DEFAULT_BYTES = {"train": 2_000_000, "validation": 150_000, "test": 150_000}
 
 
+def check_split(split: str) -> None:
+    """Raises ValueError for a split that does not exist."""
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
+
+
 def count_out(articles: Iterator[Article], wanted: int) -> Iterator[Article]:
     """Articles up to and with the one that brings their UTF-8 text to `wanted` bytes."""
     size = 0
@@ -1611,12 +1639,6 @@ def count_out(articles: Iterator[Article], wanted: int) -> Iterator[Article]:
         article = next(articles)
         size += len(article.text.encode())
         yield article
-
-
-def check_split(split: str) -> None:
-    """Raises ValueError for a split that does not exist."""
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
 
 
 @dataclass(frozen=True)
@@ -1664,14 +1686,7 @@ class TinyWiki:
 
     def parse(self, text: str) -> list[Article]:
         """One Article per derivation of `text`; empty if this world's TinyWiki cannot have written it."""
-        title = re.match(r" \n = (.+?) = \n", text)
-        entity = entity_of(self.seed, title[1]) if title else None
-        if entity is None:
-            return []
-        place = entity.index - (0 if entity.famous else FAMOUS[entity.kind])
-        start = [KINDS.index(entity.kind), int(entity.famous), place]
-        found = Reader(self.seed, entity, text).derivations()
-        return [finished(Writer(self.seed, Replay(start + choices))) for choices in found]
+        return read_back(self.seed, text)
 
     def probes(self) -> list:
         """The report's three examples, each as many `Probe` items."""

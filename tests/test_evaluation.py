@@ -1,0 +1,307 @@
+"""Evaluation where a notebook cell cannot look: many protocols, damaged weights, the real split, the command line."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gptlib.batches import TokenSplit, load_tokens
+from gptlib.corpus import load_corpus
+from gptlib.evaluation import (
+    Evaluation,
+    ProbeResult,
+    continuation_log_probs,
+    evaluate,
+    names_drawn,
+    read_evaluation,
+    run_probes,
+    token_losses,
+    windows,
+)
+from gptlib.gpt import GPT, GPTConfig
+from gptlib.tinywiki import Probe
+from gptlib.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+
+WIKITEXT = "wikitext-sample:wikitext-103-raw-v1"
+BYTES = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})
+
+
+def model_of(**options) -> GPT:
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 264}
+    model = GPT(GPTConfig(**shape | options)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def split_of(texts: list[str], **record) -> TokenSplit:
+    ids = [BYTES.end_of_text]
+    for text in texts:
+        ids += [*BYTES.encode(text), BYTES.end_of_text]
+    return TokenSplit(
+        np.array(ids, np.uint16), {"documents": len(texts), **record}, BYTES.end_of_text
+    )
+
+
+def test_windows_cover_every_target_exactly_once():
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        n, context = int(rng.integers(0, 200)), int(rng.integers(1, 40))
+        stride = int(rng.integers(1, context + 1))
+        scored = []
+        for start, stop, first in windows(n, context, stride):
+            assert 0 <= start < stop <= n - 1 and stop - start <= context
+            assert start < first <= stop + 1
+            assert (
+                start == 0 or first - start >= context - stride + 1
+            )  # tokens before the first scored
+            scored += range(first, stop + 1)
+        assert scored == list(range(1, n)), (n, context, stride)
+
+
+@pytest.mark.parametrize("stride", [0, -1, 9])
+def test_stride_out_of_range_is_named(stride):
+    with pytest.raises(ValueError, match=f"stride is {stride}"):
+        list(windows(20, 8, stride))
+    with pytest.raises(ValueError, match=f"stride is {stride}"):
+        token_losses(model_of(), np.arange(20), context=8, stride=stride)
+
+
+@pytest.mark.parametrize("context", [0, -3, 17])
+def test_context_out_of_range_is_named(context):
+    with pytest.raises(ValueError, match=f"context is {context}"):
+        token_losses(model_of(), np.arange(20), context=context)
+
+
+@pytest.mark.parametrize("context, stride", [(16, 1), (16, 16), (16, 5), (7, 7), (7, 2), (1, 1)])
+def test_losses_equal_a_loop_over_tokens(context, stride):
+    model = model_of()
+    ids = np.random.default_rng(1).integers(0, 264, 67)
+    expected = np.full(66, np.nan)
+    for start, stop, first in windows(67, context, stride):
+        for target in range(first, stop + 1):
+            with torch.no_grad():
+                logits = model(torch.from_numpy(ids[start:target])[None])[0][0, -1].double()
+            expected[target - 1] = -logits.log_softmax(-1)[ids[target]].item()
+    assert np.abs(token_losses(model, ids, context=context, stride=stride) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+def test_batch_size_does_not_matter(stride):
+    model, split = model_of(), split_of(["some text or other", "a second one", "x" * 300])
+    results = [
+        evaluate(model, split, BYTES, corpus="own", stride=stride, batch_size=size).nats_per_token
+        for size in (1, 2, 3, 7, 1000)
+    ]
+    assert max(results) - min(results) < 1e-6
+
+
+def test_training_mode_and_dropout_are_handled():
+    model = model_of(dropout=0.5).train()
+    ids = np.arange(60)
+    assert np.array_equal(token_losses(model, ids), token_losses(model, ids))
+    assert model.training
+
+
+def test_each_document_gets_its_own_losses_and_units():
+    model, texts = model_of(), ["Alice met Bob .\n", "é", "two\nlines\n\n"]
+    split = split_of(texts)
+    found = evaluate(model, split, BYTES, corpus="own", step=7)
+    losses = token_losses(model, split.ids)
+    lengths = [len(text.encode()) for text in texts]
+    assert found.tokens == tuple(lengths) and found.text_bytes == sum(lengths)
+    assert found.words == 4 + 1 + 2 + 4  # words, and line ends
+    start = 0
+    for nats, length in zip(found.nats, lengths, strict=True):
+        assert nats == pytest.approx(losses[start : start + length].sum())
+        start += length + 1  # its mark is not scored
+    total = sum(found.nats)
+    assert found.perplexity == pytest.approx(math.exp(total / sum(lengths)))
+    assert found.bits_per_byte == pytest.approx(total / math.log(2) / sum(lengths))
+    assert found.word_perplexity == pytest.approx(math.exp(total / found.words))
+    assert found.floor is None and found.step == 7
+    assert len(found.blocks) == len(losses) // 16
+    assert np.mean(found.blocks) == pytest.approx(losses[: len(losses) // 16 * 16].mean())
+
+
+def test_line_ends_come_from_the_argument_the_record_or_the_text():
+    model, texts = model_of(), ["a b\n", "c\n"]
+    for record, options, lines in [
+        ({}, {}, 2),
+        ({"lines": 5}, {}, 5),
+        ({"lines": 5}, {"lines": 9}, 9),
+    ]:
+        found = evaluate(model, split_of(texts, **record), BYTES, corpus="own", **options)
+        assert found.words == 3 + lines
+    part = evaluate(model, split_of(texts, lines=5), BYTES, corpus="own", max_documents=1)
+    assert part.words == 2 + 1 and part.tokens == (4,)
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["", ""]])
+def test_an_empty_split_is_refused(texts):
+    with pytest.raises(ValueError, match="own, split test: no text"):
+        evaluate(model_of(), split_of(texts), BYTES, corpus="own", name="test")
+    nothing = TokenSplit(np.zeros(0, np.uint16), {}, BYTES.end_of_text)
+    with pytest.raises(ValueError, match="no text"):
+        evaluate(model_of(), nothing, BYTES, corpus="own")
+
+
+def test_an_empty_document_among_others_costs_nothing():
+    found = evaluate(model_of(), split_of(["abc", "", "de"]), BYTES, corpus="own")
+    assert found.tokens == (3, 0, 2) and found.nats[1] == 0 and math.isfinite(found.interval()[1])
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = model_of()
+    model.h[1].mlp.c_fc.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="not finite; the weights of step 12"):
+        evaluate(model, split_of(["some text"]), BYTES, corpus="own", step=12)
+
+
+def test_interval_contains_the_mean_and_is_seeded():
+    rng = np.random.default_rng(0)
+    tokens = tuple(int(t) for t in rng.integers(50, 500, 40))
+    nats = tuple(float(t * rng.normal(3, 0.3)) for t in tokens)
+    found = Evaluation("c", "s", 8, 8, 1, nats, tokens, 1000, 100)
+    low, high = found.interval()
+    assert low < found.nats_per_token < high and (low, high) == found.interval()
+    assert 0.5 < (high - low) / (2 * 1.96 * 0.3 / math.sqrt(40)) < 2
+
+
+def test_an_evaluation_survives_its_file(tmp_path):
+    found = evaluate(model_of(), split_of(["some text", "more"]), BYTES, corpus="own")
+    path = tmp_path / "evaluation-own.json"
+    path.write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
+    assert read_evaluation(path) == found
+    for damage in ("{", "[]", '{"corpus": "x"}'):
+        path.write_text(damage, encoding="utf-8")
+        with pytest.raises(ValueError, match="not an evaluation"):
+            read_evaluation(path)
+
+
+def test_continuations_are_scored_whatever_their_length_and_the_prompts():
+    model, rng = model_of(), np.random.default_rng(0)
+    for n_prompt in (1, 5, 12, 40):  # the last is longer than the context
+        prompt = rng.integers(0, 264, n_prompt).tolist()
+        several = [rng.integers(0, 264, n).tolist() for n in (1, 4, 2)]
+        kept = prompt[-(16 + 1 - 4) :]
+        for tokens, found in zip(several, continuation_log_probs(model, prompt, several).tolist()):
+            direct = -token_losses(model, np.array(kept + tokens))[len(kept) - 1 :].sum()
+            assert found == pytest.approx(direct, abs=1e-4)
+
+
+class Parrot(GPT):
+    """Continues any text with the bytes of ` Ann`, over and over, nearly surely."""
+
+    def hidden(self, tokens, cache=None):
+        if cache is not None:
+            super().hidden(tokens, cache)
+        following = {ord(a): ord(b) for a, b in zip(" Ann", "Ann ")}
+        nxt = tokens.clone().cpu().apply_(lambda t: following.get(t, ord(" ")))
+        nxt[tokens == ord("n")] = ord(" ")
+        return 50.0 * torch.nn.functional.one_hot(nxt, 264).float()
+
+    def head(self, hidden):
+        return hidden
+
+
+def test_probes_count_successes_of_a_model_whose_answers_are_known():
+    model = Parrot(GPTConfig(1, 1, 8, 16, False, 264))
+    probes = [
+        Probe("recall", "Who ?", "Ann", ("Bob", "Ann", "Eve", "Kim")),
+        Probe("recall", "Who ?", "Bob", ("Bob", "Ann")),
+        Probe("question", "Who ?", "An", ("An", "Eve")),
+        Probe("name", "her friend", "Bob", ("Bob",)),
+    ]
+    is_name = lambda text: text.strip().startswith("A")
+    recall, question, name = run_probes(model, BYTES, probes, is_name=is_name, draws=3)
+    assert (recall.correct, recall.trials, recall.chance) == (1, 2, (1 / 4 + 1 / 2) / 2)
+    assert (question.correct, question.trials, question.chance) == (1, 1, 1 / 2)
+    assert (name.correct, name.trials) == (3, 3) and name.chance > 0.9  # it always says a name
+
+
+def test_probes_are_seeded_and_run_at_chance_on_random_weights():
+    model, rng = model_of(), np.random.default_rng(0)
+    words = ["ab", "cd", "ef", "gh"]
+    probes = [
+        Probe("recall", f"{rng.integers(1e9)} is", words[i % 4], tuple(words)) for i in range(200)
+    ]
+    (found,) = run_probes(model, BYTES, probes)
+    assert found.chance == 0.25 and found.interval()[0] < 0.25 < found.interval()[1]
+    draw = lambda seed: names_drawn(
+        model, BYTES, "x", is_name=lambda text: text[:1].isalpha(), draws=200, temperature=1.2,
+        generator=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+    assert draw(1) == draw(1) and 0 < draw(1) < 200
+
+
+def test_wilson_interval():
+    low, high = ProbeResult(
+        "recall", 8, 10, 0.5
+    ).interval()  # values as in Newcombe 1998's method 3
+    assert (round(low, 3), round(high, 3)) == (0.490, 0.943)
+    assert ProbeResult("recall", 0, 10, 0.5).interval()[0] == pytest.approx(0.0)
+    assert ProbeResult("recall", 10, 10, 0.5).interval()[1] == pytest.approx(1.0)
+
+
+# The real validation split
+
+
+@pytest.fixture(scope="module")
+def wikitext():
+    if not os.environ.get("GPTLIB_DATA"):
+        pytest.skip("GPTLIB_DATA is not set: the real validation split is not here")
+    if not (Path(os.environ["GPTLIB_DATA"]) / "wikitext-sample").is_dir():
+        pytest.skip("no wikitext-sample below GPTLIB_DATA")
+    try:
+        return load_tokenizer("gpt2"), list(load_corpus(WIKITEXT).pieces("validation"))
+    except TokenizerError as error:
+        pytest.skip(f"no GPT-2 vocabulary: {error}")
+
+
+def test_counts_of_the_real_validation_split(wikitext):
+    gpt2, pieces = wikitext
+    assert len(gpt2.encode("".join(piece.text for piece in pieces))) == 247_137
+    assert sum(len(piece.text.split()) for piece in pieces) == 213_886
+    assert sum(piece.lines for piece in pieces) == 3_760
+    assert sum(len(piece.text.encode()) for piece in pieces) == 1_139_711
+
+
+def test_protocol_on_the_real_validation_split(wikitext):
+    gpt2, pieces = wikitext
+    split = load_tokens(WIKITEXT, gpt2).split("validation")
+    tiny = GPT(GPTConfig(1, 1, 4, 256, False, 50304))
+    with torch.no_grad():
+        tiny.wte.weight.zero_()  # every token equally likely: the result is known, and quick to get
+    part = evaluate(tiny, split, gpt2, corpus=WIKITEXT, max_documents=3)
+    assert part.nats_per_token == pytest.approx(math.log(50304), rel=1e-5)
+    marks = np.flatnonzero(split.ids == split.end_of_text)
+    assert (
+        len(marks) == 61 and len(split) - len(marks) == 247_137
+    )  # 60 articles, every token scored
+    assert part.tokens == tuple(int(b - a - 1) for a, b in zip(marks[:3], marks[1:4]))
+    assert [piece.starts for piece in pieces] == [True] * 60
+
+
+# The command line
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "gptlib.evaluation", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("more", [[], ["--probes"]])
+def test_a_folder_without_a_run_is_one_line(tmp_path, more):
+    done = cli("--run", str(tmp_path), *more)
+    assert done.returncode == 1 and done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and "no run there" in lines[0]

@@ -1,0 +1,480 @@
+"""Exchange where a notebook cell cannot look: injected failures, damaged files, every feature by name."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import dataclasses
+import json
+import random
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import gptlib.exchange as exchange
+from gptlib.evaluation import token_losses
+from gptlib.exchange import (
+    ACTIVATION_NAMES,
+    ExchangeError,
+    crop_block_size,
+    export_run,
+    from_gpt2_weights,
+    from_tokenizer_json,
+    import_model,
+    our_config,
+    save_imported,
+    to_fast_tokenizer,
+    to_gpt2_weights,
+)
+from gptlib.gpt import GPT, GPTConfig
+from gptlib.sampling import generate
+from gptlib.tokenizer import Tokenizer, TokenizerError, load_tokenizer, train_bpe
+from gptlib.training import LoadedRun, TrainConfig, load_run
+
+TEXT = (
+    "Alice was friends with Bob . Alice went to visit her friend Bob , and Bob 's friend Al . " * 3
+)
+TOKENIZER = Tokenizer.from_merges(train_bpe([TEXT], 290), "own")
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def randomise(model, std: float = 0.3):
+    """All parameters unlike their defaults and unlike each other, so that none can be forgotten."""
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return model.eval()
+
+
+def run_of(path, **options) -> LoadedRun:
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "vocab_size": 320}
+    config = GPTConfig(**shape | options)
+    train = TrainConfig(model=config, corpus="own", tokenizer="own")
+    path.mkdir(exist_ok=True)
+    return LoadedRun(path, randomise(GPT(config)), TOKENIZER, train, 5)
+
+
+@torch.no_grad()
+def gap(model: GPT, theirs, ids: torch.Tensor) -> float:
+    return (model(ids)[0][..., : theirs.config.vocab_size] - theirs(ids).logits).abs().max().item()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", list(ACTIVATION_NAMES))
+def test_the_exported_folder_computes_and_continues_the_same(tmp_path, bias, activation):
+    run = run_of(tmp_path / "run", bias=bias, activation=activation)
+    folder = export_run(run, tmp_path / "hf")
+    theirs, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    assert theirs.config.vocab_size == TOKENIZER.n_vocab == len(tokenizer)  # the padding is cropped
+    assert theirs.lm_head.weight is theirs.transformer.wte.weight
+    ids = torch.randint(0, TOKENIZER.n_vocab, (3, 32))
+    assert gap(run.model, theirs, ids) < 1e-4
+    prompt = ids[:1, :4]
+    said = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert torch.equal(said, generate(run.model, prompt, 20, top_k=1, n_vocab=TOKENIZER.n_vocab))
+    assert tokenizer(TEXT)["input_ids"] == TOKENIZER.encode(TEXT)
+
+
+def test_the_folder_holds_what_it_should(tmp_path):
+    run = run_of(tmp_path / "run")
+    (run.path / "metrics.jsonl").write_text('{"step": 5, "validation_loss": 3.25}\n')
+    folder = export_run(run, tmp_path / "hf")
+    names = {path.name for path in folder.iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "generation_config.json",
+        "README.md",
+    } <= names
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "3.2500 nats" in card and '"learning_rate"' in card and "own" in card
+    assert (
+        json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        == TOKENIZER.end_of_text
+    )
+    assert os.access(folder, os.R_OK | os.X_OK) and folder.stat().st_mode & 0o755 == 0o755
+
+
+def test_pipeline(tmp_path):
+    folder = export_run(run_of(tmp_path / "run"), tmp_path / "hf")
+    pipe = transformers.pipeline("text-generation", str(folder), device="cpu")
+    said = pipe("Alice was", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    assert said.startswith("Alice was") and len(said) > len("Alice was")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_short_floats(tmp_path, dtype):
+    run = run_of(tmp_path / "run")
+    folder = export_run(run, tmp_path / "hf", dtype=dtype)
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == exchange.DTYPES[dtype]
+    back, _ = import_model(str(folder))
+    for name, value in run.model.state_dict().items():
+        wanted = value[: TOKENIZER.n_vocab] if name == "wte.weight" else value
+        assert torch.equal(back.state_dict()[name], wanted.to(exchange.DTYPES[dtype]).float()), name
+
+
+def test_export_then_import_gives_equal_bits(tmp_path):
+    for bias in (False, True):
+        run = run_of(tmp_path / "run", bias=bias)
+        back, tokenizer = import_model(str(export_run(run, tmp_path / f"hf-{bias}")))
+        assert tokenizer.hash == TOKENIZER.hash
+        state = back.state_dict()
+        for name, value in run.model.state_dict().items():
+            assert torch.equal(
+                state.pop(name), value[: TOKENIZER.n_vocab] if name == "wte.weight" else value
+            ), name
+        assert all(value.eq(0).all() for value in state.values())  # the biases it had not
+
+
+def test_export_refuses_with_one_line(tmp_path):
+    run = run_of(tmp_path / "run")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ExchangeError, match="there exists; choose another --out"):
+        export_run(run, tmp_path / "there")
+    with pytest.raises(ExchangeError, match="unknown dtype 'fp8'; there are fp32, bf16, fp16"):
+        export_run(run, tmp_path / "hf", dtype="fp8")
+    run.model.h[1].ln_2.weight.data[3] = float("inf")
+    with pytest.raises(ExchangeError, match="'h.1.ln_2.weight' holds values that are not finite"):
+        export_run(run, tmp_path / "hf")
+    other = dataclasses.replace(
+        run_of(tmp_path / "run"), tokenizer=Tokenizer("own", TOKENIZER.ranks, r"\S+|\s+")
+    )
+    with pytest.raises(ExchangeError, match="does not split text as GPT-2 does"):
+        export_run(other, tmp_path / "hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "there"]
+
+
+@pytest.mark.parametrize("where", ["to_fast_tokenizer", "model_card"])
+def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch, where):
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(exchange, where, fail)
+    with pytest.raises(OSError, match="no space"):
+        export_run(run_of(tmp_path / "run"), tmp_path / "deep" / "hf")
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_failed_import_leaves_nothing(tmp_path, monkeypatch):
+    run = run_of(tmp_path / "run")
+    monkeypatch.setattr(
+        exchange.Checkpoints, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    with pytest.raises(OSError, match="disk full"):
+        save_imported(run.model, TOKENIZER, "x", tmp_path / "deep" / "run")
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+# In
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 16, 40), (3, 4, 32, 64, 1000), (2, 3, 24, 5, 64)])
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "gelu_pytorch_tanh"])
+def test_any_gpt2_shape_comes_in_with_equal_logits(shape, activation):
+    n_layer, n_head, n_embd, n_positions, vocab = shape
+    config = GPT2Config(
+        vocab_size=vocab, n_positions=n_positions, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
+        activation_function=activation, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = randomise(GPT2LMHeadModel(config), 0.2)
+    model = from_gpt2_weights(theirs.state_dict(), our_config(config.to_dict()))
+    assert gap(model, theirs, torch.randint(0, vocab, (2, n_positions))) < 1e-4
+    back = to_gpt2_weights(model, vocab)
+    for name, value in theirs.state_dict().items():
+        assert name == "lm_head.weight" or torch.equal(back[name], value), name
+    padded = from_gpt2_weights(
+        theirs.state_dict(), our_config(config.to_dict(), vocab_size=vocab + 24)
+    )
+    assert gap(padded, theirs, torch.randint(0, vocab, (1, n_positions))) < 1e-4
+
+
+WEIGHTS = to_gpt2_weights(randomise(GPT(GPTConfig(2, 2, 8, 16, True, 32))), 32)
+CONFIG = GPTConfig(2, 2, 8, 16, True, 32)
+
+
+def test_names_without_prefix_and_old_buffers_are_understood():
+    plain = {name.removeprefix("transformer."): value for name, value in WEIGHTS.items()}
+    plain |= {
+        "h.0.attn.bias": torch.ones(1, 1, 16, 16).tril(),
+        "h.0.attn.masked_bias": torch.tensor(-1e4),
+    }
+    assert torch.equal(
+        from_gpt2_weights(plain, CONFIG).wpe.weight, WEIGHTS["transformer.wpe.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"transformer.h.0.attn.q_norm.weight": torch.ones(4)}, "unknown weight 'h.0.attn.q_norm.weight'"),
+        ({"transformer.h.2.ln_1.weight": torch.ones(8)}, "unknown weight 'h.2.ln_1.weight'"),
+        ({"score.weight": torch.ones(2, 8)}, "unknown weight 'score.weight'"),
+        ({"transformer.ln_f.bias": None}, "weight 'ln_f.bias' is missing"),
+        ({"transformer.wte.weight": None}, "weight 'wte.weight' is missing"),
+        ({"transformer.h.1.mlp.c_fc.weight": torch.ones(32, 8)}, r"'h.1.mlp.c_fc.weight' has shape \(8, 32\), not \(32, 8\)"),
+        ({"transformer.wpe.weight": torch.ones(15, 8)}, r"'wpe.weight' has shape \(15, 8\), not \(16, 8\)"),
+        ({"transformer.wte.weight": torch.ones(33, 8)}, r"'wte.weight' has shape \(33, 8\), not \(32, 8\)"),
+        ({"transformer.wte.weight": torch.ones(8)}, r"'wte.weight' has shape \(8,\)"),
+        ({"transformer.h.0.ln_1.bias": torch.full((8,), torch.nan)}, "'h.0.ln_1.bias' holds values that are not finite"),
+        ({"lm_head.weight": torch.ones(32, 8)}, "untied head"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit_are_named(change, message):
+    changed = {name: value for name, value in (WEIGHTS | change).items() if value is not None}
+    with pytest.raises(ExchangeError, match=message):
+        from_gpt2_weights(changed, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "feature, value",
+    [
+        ("model_type", "llama"),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("add_cross_attention", True),
+        ("tie_word_embeddings", False),
+        ("layer_norm_epsilon", 1e-6),
+        ("n_inner", 100),
+        ("activation_function", "relu"),
+    ],
+)
+def test_features_that_gpt2_has_not_are_named(feature, value):
+    config = GPT2Config(n_embd=8, n_head=2).to_dict()
+    assert our_config(config).n_embd == 8
+    with pytest.raises(ExchangeError, match=feature):
+        our_config(config | {feature: value})
+    our_config(config | {"n_inner": 32})  # the usual width, spelled out
+
+
+def test_folders_that_are_no_checkpoint(tmp_path):
+    good = export_run(run_of(tmp_path / "run"), tmp_path / "hf")
+    cases = [
+        ("config.json", None, "no config.json there"),
+        ("config.json", "{", "config.json: damaged"),
+        ("model.safetensors", None, "neither model.safetensors nor pytorch_model.bin"),
+        ("model.safetensors", "half", "model.safetensors: damaged"),
+        ("tokenizer.json", None, "no tokenizer.json there"),
+        ("tokenizer.json", "{}", "a None tokenizer"),
+    ]
+    for number, (name, content, message) in enumerate(cases):
+        bad = tmp_path / str(number)
+        shutil.copytree(good, bad)
+        (bad / name).unlink()
+        if content is not None:
+            (bad / name).write_text(content)
+        with pytest.raises(ExchangeError, match=message):
+            import_model(str(bad))
+    with pytest.raises(ExchangeError, match="no such folder"):
+        import_model(str(tmp_path / "nowhere"))
+
+
+def test_pytorch_bin_is_read(tmp_path):
+    folder = export_run(run_of(tmp_path / "run"), tmp_path / "hf")
+    expected, _ = import_model(str(folder))
+    (folder / "model.safetensors").unlink()
+    torch.save(to_gpt2_weights(expected, TOKENIZER.n_vocab), folder / "pytorch_model.bin")
+    found, _ = import_model(str(folder))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(found.state_dict().values(), expected.state_dict().values())
+    )
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path):
+    folder = export_run(run_of(tmp_path / "run"), tmp_path / "hf")
+    larger = Tokenizer.from_merges(train_bpe([TEXT], 300), "larger")
+    to_fast_tokenizer(larger, 32).save_pretrained(folder)
+    with pytest.raises(ExchangeError, match="do not belong together"):
+        import_model(str(folder))
+
+
+# Tokenizers
+
+
+def change_tokenizer(folder, change) -> Tokenizer:
+    stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(stored)
+    (folder / "changed.json").write_text(json.dumps(stored), encoding="utf-8")
+    return from_tokenizer_json(folder / "changed.json", "changed")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t["model"].update(type="WordPiece"), "a WordPiece tokenizer"),
+        (lambda t: t["model"].update(type="Unigram"), "a Unigram tokenizer"),
+        (lambda t: t.update(pre_tokenizer={"type": "Metaspace"}), r"does not split text as GPT-2 does \(pre_tokenizer Metaspace\)"),
+        (lambda t: t.update(pre_tokenizer=None), "does not split text as GPT-2 does"),
+        (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "does not split text as GPT-2 does"),
+        (lambda t: t["pre_tokenizer"].update(use_regex=False), "does not split text as GPT-2 does"),
+        (lambda t: t.update(normalizer={"type": "NFC"}), "does not split text as GPT-2 does"),
+        (lambda t: t["model"]["vocab"].update({"▁the": 500}), "no byte-level letter"),
+        (lambda t: t["model"]["merges"].reverse(), "ids do not count the merges"),
+        (lambda t: t["model"]["vocab"].pop("!"), "ids do not count the merges"),
+        (lambda t: t["added_tokens"].clear(), "ids do not count the merges"),
+        (lambda t: t["added_tokens"][0].update(id=9), r"<\|endoftext\|> has id 9, not 289"),
+    ],
+)  # fmt: skip
+def test_other_kinds_of_tokenizer_are_refused(tmp_path, change, message):
+    to_fast_tokenizer(TOKENIZER, 32).save_pretrained(tmp_path)
+    assert change_tokenizer(tmp_path, lambda t: None).hash == TOKENIZER.hash
+    old_spelling = lambda t: t["model"].update(
+        merges=[" ".join(pair) for pair in t["model"]["merges"]]
+    )
+    assert change_tokenizer(tmp_path, old_spelling).hash == TOKENIZER.hash
+    with pytest.raises(ExchangeError, match=message):
+        change_tokenizer(tmp_path, change)
+
+
+def check_equal(tokenizer: Tokenizer, seed: int) -> None:
+    rng, fast = random.Random(seed), to_fast_tokenizer(tokenizer, 64)
+    letters = " \n\t'’aeSé語👍\u0301\u200d\u00a0½٣_.-@ABCs!"
+    texts = [
+        "",
+        " ",
+        "a  b   c \n\n ",
+        "it's 'LL we'll",
+        "👩‍👩‍👧‍👦🏳️‍🌈",
+        "a" * 500,
+        "\x00\x85\x1c x",
+    ]
+    texts += [rng.randbytes(rng.randrange(200)).decode("utf-8", "replace") for _ in range(200)]
+    texts += ["".join(rng.choices(letters, k=rng.randrange(60))) for _ in range(300)]
+    texts += ["before<|endoftext|>after"]
+    for text in texts:
+        ids = fast(text, split_special_tokens=True)["input_ids"]
+        assert ids == tokenizer.encode(text), text
+        assert fast.decode(ids) == text
+
+
+def test_own_tokenizer_equals_tiktoken_on_odd_text():
+    check_equal(TOKENIZER, 1)
+
+
+def test_gpt2_tokenizer_equals_tiktoken_on_odd_text():
+    try:
+        check_equal(load_tokenizer("gpt2", timeout=3), 2)
+    except TokenizerError as error:
+        pytest.skip(f"no GPT-2 vocabulary: {error}")
+
+
+# Run folders and the command line
+
+
+def test_an_imported_model_becomes_a_run(tmp_path):
+    folder = export_run(run_of(tmp_path / "run"), tmp_path / "hf")
+    model, tokenizer = import_model(str(folder))
+    save_imported(model, tokenizer, str(folder), tmp_path / "new")
+    run = load_run(tmp_path / "new")
+    ids = torch.randint(0, TOKENIZER.n_vocab, (1, 32))
+    assert torch.equal(run.model(ids)[0], model(ids)[0]) and run.tokenizer.hash == TOKENIZER.hash
+    with pytest.raises(ExchangeError, match="exists; choose another --out"):
+        save_imported(model, tokenizer, str(folder), tmp_path / "new")
+    again = export_run(run, tmp_path / "again")
+    assert gap(run.model, AutoModelForCausalLM.from_pretrained(again).eval(), ids) < 1e-4
+
+
+@pytest.mark.parametrize("block_size", [0, -1, 33])
+def test_crop_block_size_out_of_range(tmp_path, block_size):
+    with pytest.raises(
+        ExchangeError, match=f"block_size {block_size} is not between 1 and the model's 32"
+    ):
+        crop_block_size(run_of(tmp_path / "run").model, block_size)
+
+
+def test_crop_block_size_keeps_early_positions(tmp_path):
+    model = run_of(tmp_path / "run").model
+    small, ids = crop_block_size(model, 9), torch.randint(0, 280, (2, 9))
+    assert torch.equal(small(ids)[0], model(ids)[0]) and small.config.block_size == 9
+    with pytest.raises(ValueError, match="block_size"):
+        small(torch.zeros(1, 10, dtype=torch.long))
+
+
+def cli(module: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"gptlib.{module}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180)
+
+
+def test_command_line_there_and_back(tmp_path):
+    folder = export_run(run_of(tmp_path / "run"), tmp_path / "hf")
+    done = cli(
+        "exchange", "import", "--model", folder, "--out", tmp_path / "in", "--block-size", 16
+    )
+    assert done.returncode == 0, done.stderr
+    done = cli(
+        "sampling",
+        "--run",
+        tmp_path / "in",
+        "--prompt",
+        "Alice",
+        "--max-new-tokens",
+        5,
+        "--seed",
+        1,
+    )
+    assert done.returncode == 0 and done.stdout.startswith("Alice"), done.stderr
+    (tmp_path / "text.txt").write_text(TEXT.replace(" . ", " .\n"), encoding="utf-8")
+    environment = {"GPTLIB_RUNS": str(tmp_path / "cache")}
+    os.environ.update(environment)
+    try:
+        out = tmp_path / "evaluation.json"
+        done = cli(
+            "evaluation",
+            "--run",
+            tmp_path / "in",
+            "--corpus",
+            tmp_path / "text.txt",
+            "--split",
+            "train",
+            "--out",
+            out,
+        )
+    finally:
+        del os.environ["GPTLIB_RUNS"]
+    assert done.returncode == 0 and "nats per token" in done.stdout, done.stderr
+    assert json.loads(out.read_text())["context"] == 16
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["export", "--run", "nowhere", "--out", "x"], "no run there"),
+        (["import", "--model", "./nowhere", "--out", "x"], "no such folder"),
+    ],
+)
+def test_command_line_errors_are_one_line(tmp_path, arguments, message):
+    done = cli("exchange", *arguments)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 1 and len(lines) == 1 and message in lines[0], done.stderr
+
+
+def test_lm_evaluation_harness_agrees(tmp_path):
+    pytest.importorskip(
+        "lm_eval", reason="lm-evaluation-harness is not installed (pip install lm-eval)"
+    )
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    run = run_of(tmp_path / "run")
+    folder = export_run(run, tmp_path / "hf")
+    theirs = HFLM(pretrained=str(folder), device="cpu", batch_size=1)
+    request = Instance("loglikelihood_rolling", {}, (TEXT,), 0)
+    (found,) = theirs.loglikelihood_rolling([request])
+    ids = np.array([TOKENIZER.end_of_text, *TOKENIZER.encode(TEXT)])
+    assert -found == pytest.approx(token_losses(run.model, ids).sum(), rel=0.005)
