@@ -10,10 +10,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +25,35 @@ from gptlib.corpus import Corpus, Piece, cache_dir, load_corpus
 from gptlib.tokenizer import Tokenizer
 
 __all__ = [
+    "crops",
     "TokenFileError",
     "SplitWriter",
+    "grouped",
     "encoded",
+    "write_split",
     "prepare_tokens",
     "TokenSplit",
     "TokenFile",
     "corpus_key",
     "load_tokens",
     "crop_offsets",
-    "crops",
     "Batches",
     "to_device",
 ]
 
-# The token file
+# One token on
+
+
+def crops(
+    ids: np.ndarray, offsets: np.ndarray, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets, both (B, T) int64: the targets are the inputs shifted by one."""
+    window = np.stack([ids[o : o + block_size + 1] for o in offsets]).astype(np.int64)
+    tokens = torch.from_numpy(window)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+# A token in two bytes
 
 
 class TokenFileError(ValueError):
@@ -47,7 +61,10 @@ class TokenFileError(ValueError):
 
 
 class SplitWriter:
-    """Writes one split as uint16 ids and counts and hashes what it writes."""
+    """Writes one split as little-endian uint16 ids; counts and hashes what it writes.
+
+    Raises TokenFileError for a vocabulary of more than 65,536 ids.
+    """
 
     def __init__(self, path: Path, tokenizer: Tokenizer):
         if tokenizer.n_vocab > 2**16:
@@ -55,7 +72,7 @@ class SplitWriter:
                 f"{tokenizer.n_vocab} ids do not fit in 16 bits; use a vocabulary of at most 65,536"
             )
         self.file, self.mark = path.open("wb"), np.array([tokenizer.end_of_text], np.uint16)
-        self.tokens = self.documents = self.text_bytes = 0
+        self.tokens = self.documents = self.lines = self.text_bytes = 0
         self.token_hash, self.text_hash = hashlib.sha256(), hashlib.sha256()
 
     def write(self, ids: np.ndarray) -> None:
@@ -72,6 +89,7 @@ class SplitWriter:
         self.write(ids)
         self.text_hash.update(text)
         self.text_bytes += len(text)
+        self.lines += piece.lines
 
     def close(self) -> dict:
         """One last mark, so that the end of the last document can be predicted too; then the record."""
@@ -82,30 +100,76 @@ class SplitWriter:
         return {
             "tokens": self.tokens,
             "documents": self.documents,
+            "lines": self.lines,
             "text_bytes": self.text_bytes,
             "sha256": self.token_hash.hexdigest(),
             "text_sha256": self.text_hash.hexdigest(),
         }
 
 
-def encoded(pieces: Iterator[Piece], tokenizer: Tokenizer, *, threads: int, group: int = 256):
-    """(piece, its UTF-8 bytes, its ids), in order; tiktoken's threads work while the caller writes."""
+# Tokenising with all hands
 
-    def one(piece: Piece):
-        return piece, piece.text.encode("utf-8"), tokenizer.encode_array(piece.text)
 
+def grouped(pieces: Iterable[Piece], characters: int) -> Iterator[list[Piece]]:
+    """Neighbouring pieces together, at least `characters` long, so that short ones cost little each."""
+    group, held = [], 0
+    for piece in pieces:
+        group.append(piece)
+        held += len(piece.text)
+        if held >= characters:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
+def encoded(
+    pieces: Iterable[Piece],
+    tokenizer: Tokenizer,
+    *,
+    threads: int,
+    group: int = 2**16,
+    ahead: int = 2**24,
+) -> Iterator[tuple[Piece, bytes, np.ndarray]]:
+    """(piece, its UTF-8 bytes, its ids), in order; tiktoken's threads work while the caller writes.
+
+    group: characters that go to a thread at once; ahead: characters read and not yet yielded, at
+    most, unless a single piece is longer. Bounds the memory whatever the corpus.
+    """
+
+    def encode(pieces: list[Piece]):
+        ids = [tokenizer.encode_array(piece.text) for piece in pieces]
+        return [(p, p.text.encode("utf-8"), i) for p, i in zip(pieces, ids, strict=True)]
+
+    waiting: deque = deque()  # (what a thread works on, its characters), oldest first
+    held = 0
     with ThreadPoolExecutor(threads) as pool:
-        waiting = pool.map(one, islice(pieces, group))
-        while True:
-            following = pool.map(
-                one, islice(pieces, group)
-            )  # queued before the last group is drained
-            done = False
-            for done in waiting:
-                yield done
-            if not done:
-                return
-            waiting = following
+        for pieces_together in grouped(pieces, group):
+            size = sum(len(piece.text) for piece in pieces_together)
+            while waiting and (len(waiting) >= 4 * threads or held + size > ahead):
+                oldest, n = waiting.popleft()
+                yield from oldest.result()
+                held -= n
+            waiting.append((pool.submit(encode, pieces_together), size))
+            held += size
+        while waiting:
+            yield from waiting.popleft()[0].result()
+
+
+# The token file
+
+
+def write_split(
+    corpus: Corpus, split: str, tokenizer: Tokenizer, path: Path, progress: bool
+) -> dict:
+    """Tokenise one split into a file; returns its record."""
+    writer = SplitWriter(path, tokenizer)
+    stream = encoded(corpus.pieces(split), tokenizer, threads=os.cpu_count() or 1)
+    with tqdm(unit="B", unit_scale=True, desc=f"tokens of {split}", disable=not progress) as bar:
+        for piece, text, ids in stream:
+            writer.add(piece, text, ids)
+            bar.update(len(text))
+    return writer.close()
 
 
 def prepare_tokens(
@@ -119,35 +183,29 @@ def prepare_tokens(
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    replaced = scratch.with_name(scratch.name + ".replaced")
     try:
-        records = {}
-        for split in corpus.splits:
-            writer = SplitWriter(scratch / f"{split}.bin", tokenizer)
-            stream = encoded(corpus.pieces(split), tokenizer, threads=os.cpu_count() or 1)
-            with tqdm(
-                unit="B", unit_scale=True, desc=f"tokens of {split}", disable=not progress
-            ) as bar:
-                for piece, text, ids in stream:
-                    writer.add(piece, text, ids)
-                    bar.update(len(text))
-            records[split] = writer.close()
         manifest = {
             "corpus": corpus.name,
             "tokenizer": tokenizer.name,
             "tokenizer_hash": tokenizer.hash,
             "n_vocab": tokenizer.n_vocab,
             "end_of_text": tokenizer.end_of_text,
-            "splits": records,
+            "splits": {
+                split: write_split(corpus, split, tokenizer, scratch / f"{split}.bin", progress)
+                for split in corpus.splits
+            },
         }
         (scratch / "manifest.json").write_text(
             json.dumps(manifest, indent=1) + "\n", encoding="utf-8"
         )
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.exists():  # moved away whole, so that no reader ever sees half of it
+            os.replace(folder, replaced)
         os.replace(scratch, folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+    shutil.rmtree(replaced, ignore_errors=True)
     return folder
 
 
@@ -252,26 +310,23 @@ def load_tokens(corpus: str, tokenizer: Tokenizer, *, progress: bool = False) ->
     return TokenFile.open(folder, tokenizer)
 
 
-# Random crops
+# Why random windows
 
 
 def crop_offsets(seed: int, step: int, n: int, positions: int) -> np.ndarray:
     """`n` offsets in [0, positions): a pure function of (seed, step), equal on every machine.
 
     Philox is a counter-based generator: key in, bits out, no state to keep (Salmon et al. 2011).
-    Only its raw bits are used, since NumPy may change how its methods use them.
+    Only its raw bits are used, since NumPy may change how its methods use them. Raises ValueError
+    for more than 2**32 positions.
     """
+    if positions > 2**32:
+        raise ValueError(f"{positions} positions are more than 2**32; split the token file")
     bits = np.random.Philox(key=np.array([seed, step], np.uint64)).random_raw(n)
     return ((bits >> np.uint64(32)) * np.uint64(positions) >> np.uint64(32)).astype(np.int64)
 
 
-def crops(
-    ids: np.ndarray, offsets: np.ndarray, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, both (B, T) int64: the targets are the inputs shifted by one."""
-    window = np.stack([ids[o : o + block_size + 1] for o in offsets]).astype(np.int64)
-    tokens = torch.from_numpy(window)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+# Random crops
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from gptlib.multi_head import CausalSelfAttention
 
 __all__ = ["ACTIVATIONS", "MLP", "Block"]
 
-# The form that goes into gptlib
+# The MLP, where two thirds of the weights live
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> PyTorch's `approximate`
 
@@ -37,6 +37,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+# The form that goes into gptlib
 
 
 class Block(nn.Module):

@@ -65,7 +65,7 @@ def check_against_cpu(device: torch.device, tolerance: float = 1e-4) -> None:
     q, k, v = torch.randn(3, 2, 4, 32, 16, generator=generator)
     results = []
     for place in (torch.device("cpu"), device):
-        leaf = q.to(place).requires_grad_()
+        leaf = q.detach().clone().to(place).requires_grad_()  # a leaf of its own on each device
         y = torch.nn.functional.scaled_dot_product_attention(
             leaf, k.to(place), v.to(place), is_causal=True
         )

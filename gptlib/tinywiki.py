@@ -1206,23 +1206,14 @@ def pool(domain: str | tuple | range, subject: Entity) -> tuple | range:
 def arrange_places(seed: int, entity: Entity, facts: dict, sizes: dict) -> None:
     """Facts that towns, rivers and teams must agree on: two famous towns lie on each famous river."""
     kind, index = entity
-    rivers, births = (
-        arrangement(seed, "rivers", FAMOUS["town"]),
-        arrangement(seed, "births", FAMOUS["town"]),
-    )
+    rivers = arrangement(seed, "rivers", FAMOUS["town"])
+    births = arrangement(seed, "births", FAMOUS["town"])
     if kind == "town":
-        facts["team"], sizes["river"] = Entity("team", index), FAMOUS["river"]
-        home = (
-            rivers[index] // 2
-            if entity.famous
-            else Draws(seed, f"fact/town/{index}/river").below(FAMOUS["river"])
-        )
-        facts["river"] = Entity("river", home)
-        if entity.famous:
-            facts["native"], sizes["native"] = (
-                Entity("person", births.index(index)),
-                FAMOUS["person"],
-            )
+        facts["team"] = Entity("team", index)
+        if entity.famous:  # the river of an obscure town stays as it was drawn
+            facts["river"] = Entity("river", rivers[index] // 2)
+            facts["native"] = Entity("person", births.index(index))
+            sizes["native"] = FAMOUS["person"]
     elif kind == "river":
         facts["short"] = facts["name"].removeprefix("River ")
         if entity.famous:
@@ -1459,10 +1450,8 @@ class Writer:
         self.pieces: list[str] = []
         kind = KINDS[self.pick("entity", tuple(KIND_WEIGHTS.values()))]
         famous = self.pick("entity", OBSCURE_AND_FAMOUS)
-        first, count = (
-            (0, FAMOUS[kind]) if famous else (FAMOUS[kind], count_names(kind) - FAMOUS[kind])
-        )
-        self.subject = Entity(kind, first + self.below("entity", count))
+        first, last = (0, FAMOUS[kind]) if famous else (FAMOUS[kind], count_names(kind))
+        self.subject = Entity(kind, first + self.below("entity", last - first))
         self.scope = Scope(seed, self.subject)
         self.write(tree_of(kind))
 
@@ -1555,11 +1544,8 @@ class Reader:
                 )
             ]
         if isinstance(node, When):
-            return (
-                self.advance(node.node, states)
-                if node.fact in know(self.seed, self.subject)[0]
-                else states
-            )
+            there = node.fact in know(self.seed, self.subject)[0]
+            return self.advance(node.node, states) if there else states
         if isinstance(node, str):
             return [(at + len(node), n, p) for at, n, p in states if self.text.startswith(node, at)]
         if isinstance(node, (Slot, Filler)):
@@ -1773,12 +1759,8 @@ def name_probes(wiki: TinyWiki) -> Iterator[Probe]:
         friend = people[facts["friend"].index]
         told = f" {name} was friends with {friend} . In 1947 {facts['she']} went to visit {facts['her']} friend"
         for comma in ("", " ,"):
-            yield Probe(
-                "name",
-                told + comma,
-                friend,
-                tuple(other for other in people.values() if other != name),
-            )
+            others = tuple(other for other in people.values() if other != name)
+            yield Probe("name", told + comma, friend, others)
 
 
 def recall_probes(wiki: TinyWiki) -> Iterator[Probe]:

@@ -80,7 +80,9 @@ def test_draws_follow_the_softmax():
         expected = n * (logits[0] / tau).softmax(-1)
         probs = next_token_probs(logits, temperature=tau).expand(n, -1)
         counts = torch.multinomial(probs, 1, generator=seeded()).flatten().bincount(minlength=8)
-        assert ((counts - expected) ** 2 / expected).sum() < 24.3  # 7 degrees of freedom, 1 in 1,000
+        assert (
+            (counts - expected) ** 2 / expected
+        ).sum() < 24.3  # 7 degrees of freedom, 1 in 1,000
 
 
 @torch.no_grad()

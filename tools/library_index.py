@@ -1,7 +1,7 @@
 """Write book/library.md: every public name of gptlib, with its first line of documentation.
 
-    python tools/library_index.py            write it
-    python tools/library_index.py --check    exit 1 if it is out of date
+python tools/library_index.py            write it
+python tools/library_index.py --check    exit 1 if it is out of date
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ def section(chapter) -> str:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             kind = "class " if isinstance(node, ast.ClassDef) else ""
             rows.append(f"`{kind}{node.name}`\n: {first_line(node) or 'See the chapter.'}\n")
-    return f"## gptlib.{chapter.module}\n\nFrom {{doc}}`{chapter.title} <../notebooks/{chapter.stem}>`.\n\n" + "\n".join(rows)
+    return (
+        f"## gptlib.{chapter.module}\n\nFrom {{doc}}`{chapter.title} <../notebooks/{chapter.stem}>`.\n\n"
+        + "\n".join(rows)
+    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ LABEL = re.compile(
     r"^\(([\w-]+)\)=|^:?:?\s*(?:label|name):\s*([\w-]+)|name: ([\w-]+)\}?", re.MULTILINE
 )
 REFERENCE = re.compile(r"\{(ref|numref|eq|prf:ref|cite|cite:[pt])\}`([^`]+)`")
+CODE_CELL = re.compile(r"^```\{code-cell\}.*?^```$", re.MULTILINE | re.DOTALL)
 FILE_LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)\s]+)\)")
 
 
@@ -41,6 +42,7 @@ def main() -> None:
     )
     wrong = []
     for path, text in sorted(texts.items()):
+        text = CODE_CELL.sub("", text)
         for role, target in REFERENCE.findall(text):
             inner = re.search(r"<([^>]+)>$", target)
             names = [inner[1]] if inner else [name.strip() for name in target.split(",")]

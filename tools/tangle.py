@@ -12,6 +12,7 @@ import difflib
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def tangle(chapter: Chapter, earlier: set[str], modules: set[str]) -> str:
     parts += [f"__all__ = [{names}]", *body]
     if "main" in defined:
         parts.append('if __name__ == "__main__":\n    main()')
-    return ruff(chapter, "\n\n".join(part for part in parts if part) + "\n")
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def last_heading(markdown: str) -> str:
@@ -145,20 +146,31 @@ def check_imports(chapter: Chapter, tree: ast.Module, earlier: set[str], modules
                 )
 
 
-def ruff(chapter: Chapter, source: str) -> str:
-    """Sorted imports and formatting, with the project's settings."""
-    python = [sys.executable, "-m", "ruff"]
-    name = ["--stdin-filename", str(PACKAGE / f"{chapter.module}.py")]
-    for command in (["check", "--select", "I,F401", "--fix", "--quiet"], ["format", "--quiet"]):
-        done = subprocess.run(
-            python + command + name + ["-"], input=source, capture_output=True, text=True
-        )
-        if done.returncode and command[0] == "format" or not done.stdout:
-            raise ManuscriptError(
-                f"{chapter.stem}: ruff {command[0]} failed: {done.stderr.strip()}"
+def ruff(sources: dict[str, str]) -> dict[str, str]:
+    """Sorted imports and formatting of all modules at once, with the project's settings."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "gptlib"  # ruff must know these modules as one package
+        package.mkdir()
+        for module, source in sources.items():
+            (package / f"{module}.py").write_text(source, encoding="utf-8")
+        settings = [
+            "--config",
+            str(PACKAGE.parent / "pyproject.toml"),
+            "--no-cache",
+            "--quiet",
+            folder,
+        ]
+        for command in (["check", "--select", "I,F401", "--fix"], ["format"]):
+            done = subprocess.run(
+                [sys.executable, "-m", "ruff", *command, *settings], capture_output=True, text=True
             )
-        source = done.stdout
-    return source
+            if done.returncode:
+                raise ManuscriptError(
+                    f"ruff {command[0]} failed: {(done.stdout + done.stderr).strip()}"
+                )
+        return {
+            module: (package / f"{module}.py").read_text(encoding="utf-8") for module in sources
+        }
 
 
 def main() -> None:
@@ -171,19 +183,19 @@ def main() -> None:
     options = parser.parse_args()
     everything = chapters()
     modules = {chapter.module for chapter in everything}
-    stale: list[str] = []
-    expected = {"__init__.py"}
-    earlier: set[str] = set()
+    raw: dict[str, str] = {}
     for chapter in everything:
-        if chapter.module in earlier:
+        if chapter.module in raw:
             raise ManuscriptError(
                 f"{chapter.stem}: another chapter already makes gptlib/{chapter.module}.py; rename one"
             )
+        raw[chapter.module] = tangle(chapter, set(raw), modules)
+    stale: list[str] = []
+    expected = {"__init__.py"}
+    for chapter, new in zip(everything, ruff(raw).values(), strict=True):
         path = PACKAGE / f"{chapter.module}.py"
         expected.add(path.name)
-        new = tangle(chapter, earlier, modules)
         old = path.read_text(encoding="utf-8") if path.exists() else ""
-        earlier.add(chapter.module)
         if new == old:
             continue
         if options.check:

@@ -1,0 +1,77 @@
+"""The model against Table 1, against transformers, and against its own mask."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from gptlib.gpt import GPT, GPTConfig
+
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=50)
+
+
+def test_table_1():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert model.n_parameters() == 26_398_080
+    assert model.n_parameters(positions=True) == 26_398_080 + 98_304
+    assert 50_304 * 384 == 19_316_736
+    assert model.flops_per_token() == 163_107_072
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_logits_equal_transformers(bias, activation):
+    transformers = pytest.importorskip("transformers")
+    from gptlib.exchange import gpt2_config, to_gpt2_weights
+
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(TINY, bias=bias, activation=activation)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    theirs = transformers.GPT2LMHeadModel(gpt2_config(model.config, 50, 49)).eval()
+    theirs.load_state_dict(to_gpt2_weights(model, 50) | {"lm_head.weight": model.wte.weight})
+    tokens = torch.randint(50, (3, 12))
+    with torch.no_grad():
+        assert torch.allclose(model(tokens)[0], theirs(tokens).logits, atol=1e-4)
+
+
+def test_no_logit_depends_on_a_later_token():
+    torch.manual_seed(0)
+    model = GPT(TINY).double().eval()
+    x = model.wte(torch.randint(50, (1, 12))).detach().requires_grad_()
+    hidden = x + model.wpe.weight
+    for block in model.h:
+        hidden = block(hidden)
+    logits = model.head(model.ln_f(hidden))
+    for t in range(12):
+        (grad,) = torch.autograd.grad(logits[0, t].square().sum(), x, retain_graph=True)
+        reached = grad[0].abs().sum(-1) > 0
+        assert reached[: t + 1].all(), f"position {t} does not see all of its past"
+        assert not reached[t + 1 :].any(), f"position {t} sees the future"
+
+
+def test_initial_loss_is_the_logarithm_of_the_vocabulary():
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(TINY, vocab_size=5000))
+    tokens = torch.randint(5000, (8, 12))
+    assert abs(model(tokens, torch.randint(5000, (8, 12)))[1].item() - 8.517) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_embd": 17}, "17 is not divisible by n_head 2"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"activation": "relu"}, "unknown activation 'relu'"),
+        ({"n_layer": 0}, "n_layer is 0"),
+    ],
+)
+def test_bad_configurations(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
+def test_too_many_tokens():
+    with pytest.raises(ValueError, match="13 tokens are more than the block_size of 12"):
+        GPT(TINY)(torch.zeros(1, 13, dtype=torch.int64))
