@@ -67,8 +67,6 @@ LINEAR = (
     "c_proj.weight",
     "c_fc.weight",
 )  # transformers stores these transposed (Conv1D)
-
-
 ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new"}  # ours -> theirs
 
 
@@ -180,8 +178,6 @@ def to_fast_tokenizer(tokenizer: Tokenizer, block_size: int):
 # Export
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 MODEL_CARD = """---
 library_name: transformers
 tags: [gpt2, from-scratch]

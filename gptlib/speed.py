@@ -6,25 +6,51 @@ Tangled from book/chapters/11_speed.md; change it there, not here.
 from __future__ import annotations
 
 import functools
+import json
+import statistics
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import tyro
 from torch import Tensor
 
+from gptlib.devices import peak_flops, peak_memory, pick_device, pick_precision
 from gptlib.gpt import GPT
-from gptlib.training import plain_loss
+from gptlib.objective import make_adamw
+from gptlib.sampling import generate
+from gptlib.training import PRESETS, errors_in_one_line, plain_loss
 
 __all__ = [
     "softmax_gradient",
-    "fused_softmax_gradient",
+    "to_gradient",
+    "unfused_to_gradient",
+    "fused_to_gradient",
     "ChunkedCrossEntropy",
     "chunked_loss",
     "no_grad_loss",
     "fast_loss",
+    "inner_products",
+    "fused_inner_products",
+    "fast_head",
+    "Row",
+    "ROWS",
+    "SpeedOptions",
+    "training_rate",
+    "sampling_rate",
+    "own_peak",
+    "measure_here",
+    "measure",
+    "medians",
+    "table",
+    "main",
 ]
 
-# A loss that never holds all logits
+# The gradient is known at once
 
 
 def softmax_gradient(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -43,20 +69,42 @@ def softmax_gradient(logits: Tensor, targets: Tensor, scale: float) -> tuple[Ten
     return loss, ((exp / total - hit.to(exp.dtype)) * scale).to(logits.dtype)
 
 
+# Why compile
+
+
+def to_gradient(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """`softmax_gradient` in place: the logits become the gradient; returns the sum of the losses."""
+    loss, grad = softmax_gradient(logits, targets, scale)
+    logits.copy_(grad)
+    return loss
+
+
+def unfused_to_gradient(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """`to_gradient` without a compiler: on a CPU a few rows at a time, so that what it makes stays in the cache."""
+    rows = 16 if logits.device.type == "cpu" else len(logits)
+    pairs = zip(logits.split(rows), targets.split(rows))
+    return torch.stack([to_gradient(part, target, scale) for part, target in pairs]).sum()
+
+
 @functools.cache
-def fused_softmax_gradient(device_type: str) -> Callable:
-    """`softmax_gradient` through torch.compile where a compiler works, tried once; else as it is."""
-    compiled = torch.compile(softmax_gradient, dynamic=True)
+def fused_to_gradient(device_type: str) -> Callable:
+    """`to_gradient` through torch.compile where a compiler works, tried once; else unfused."""
+    compiled = torch.compile(to_gradient, dynamic=True)
     try:
         example = torch.zeros(2, 3, device=device_type)
         compiled(example, torch.zeros(2, dtype=torch.int64, device=device_type), 1.0)
         return compiled
-    except Exception as error:  # no compiler, no Triton, an unsupported Python: all of them slow, none of them wrong
-        reason = str(error).strip().splitlines()[0][:80]
+    except (
+        Exception
+    ) as error:  # no compiler, no Triton, an unsupported Python: all slow, none wrong
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:80]
         print(
             f"torch.compile does not work here ({reason}); the loss runs unfused", file=sys.stderr
         )
-        return softmax_gradient
+        return unfused_to_gradient
+
+
+# The loss as an autograd function
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -70,30 +118,27 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, fuse: bool
     ) -> Tensor:
-        step = fused_softmax_gradient(hidden.device.type) if fuse else softmax_gradient
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-        with torch.autocast(hidden.device.type, enabled=False):
+        kind, N = hidden.device.type, len(targets)
+        in_place = fused_to_gradient(kind) if fuse else unfused_to_gradient
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        with torch.autocast(kind, enabled=False):
             narrow, w = hidden.to(dtype), weight.to(dtype)  # (N, C), (V, C)
-            loss = torch.zeros(
-                (), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device
-            )
-            grad_hidden, grad_weight = torch.empty_like(hidden), None
-            for start in range(0, len(targets), rows):
+            loss = hidden.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
+            grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+            buffer = narrow.new_empty(min(rows, N), len(weight))  # one for all chunks
+            product = torch.empty_like(w) if dtype != weight.dtype else None
+            for start in range(0, N, rows):
                 part = slice(start, start + rows)
-                logits = narrow[part] @ w.T  # (rows, V)
-                part_loss, grad = step(logits, targets[part], 1 / len(targets))
-                loss += part_loss
-                grad_hidden[part] = grad @ w
-                if grad_weight is None:
-                    grad_weight = (grad.T @ narrow[part]).to(
-                        weight.dtype
-                    )  # (V, C), summed in the weight's own type
+                logits = buffer[: min(rows, N - start)]  # (rows, V)
+                torch.mm(narrow[part], w.T, out=logits)
+                loss += in_place(logits, targets[part], 1 / N)  # from here on, G
+                grad_hidden[part] = logits @ w
+                if product is None:
+                    grad_weight.addmm_(logits.T, narrow[part])
                 else:
-                    grad_weight += grad.T @ narrow[part]
+                    grad_weight += torch.mm(logits.T, narrow[part], out=product)  # summed in fp32
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return loss / len(targets)
+        return loss / N
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -105,6 +150,8 @@ def chunked_loss(
     model: GPT, tokens: Tensor, targets: Tensor, *, rows: int = 1024, fuse: bool = True
 ) -> Tensor:
     """The loss of `plain_loss`, with at most `rows` x V logits in memory; plugs into `run_training(loss_fn=...)`."""
+    if rows < 1:
+        raise ValueError(f"rows is {rows}; a chunk needs at least 1")
     if not torch.is_grad_enabled():
         return no_grad_loss(model, tokens, targets, rows)
     hidden = model.hidden(tokens).flatten(0, 1)
@@ -126,3 +173,231 @@ def no_grad_loss(model: GPT, tokens: Tensor, targets: Tensor, rows: int) -> Tens
 def fast_loss(vocab_size: int) -> Callable[[GPT, Tensor, Tensor], Tensor]:
     """The loss function to train with: chunked where all logits at once would be most of the memory."""
     return chunked_loss if vocab_size > 8192 else plain_loss
+
+
+# Sampling: the order of the weights
+
+
+def inner_products(row: Tensor, weight: Tensor) -> Tensor:
+    """(1, C) and (V, C) -> (1, V) fp32: each token's embedding times the row."""
+    return (weight.float() * row.float()).sum(-1)[None]
+
+
+@functools.cache
+def fused_inner_products() -> Callable | None:
+    """`inner_products` compiled for the CPU, or None where no compiler works."""
+    compiled = torch.compile(inner_products)
+    try:
+        with torch.no_grad():
+            compiled(
+                torch.zeros(1, 16, dtype=torch.bfloat16), torch.zeros(32, 16, dtype=torch.bfloat16)
+            )
+        return compiled
+    except Exception:  # then the plain head is used
+        return None
+
+
+def fast_head(model: GPT) -> Callable[[Tensor], Tensor]:
+    """A head for `generate(head=...)` that is quick for a single row on a CPU; equal to `model.head`.
+
+    fp32: reads a transposed copy of the embedding, which is made here and does not follow later
+    changes of the weights. bf16 and fp16: inner products with fp32 sums, if a compiler works.
+    """
+    weight = model.wte.weight.detach()
+    if weight.device.type != "cpu":
+        return model.head
+    if weight.dtype == torch.float32:
+        transposed = weight.T.contiguous()  # (C, V)
+        return lambda hidden: hidden @ transposed
+    fused = fused_inner_products()
+    if fused is None:
+        return model.head
+    return lambda hidden: (
+        fused(hidden, weight) if hidden.shape == (1, weight.shape[1]) else model.head(hidden)
+    )
+
+
+# Measuring honestly
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a way of computing the same thing."""
+
+    name: str
+    precision: str  # of `pick_precision`; auto takes what this machine multiplies fastest
+    loss_fn: Callable | None = None  # training, if there is one; else sampling
+    use_cache: bool = False
+    fast_head: bool = False
+
+
+ROWS = [
+    Row("plain-fp32", "fp32", plain_loss),
+    Row("plain-bf16", "bf16", plain_loss),
+    Row("chunked", "bf16", functools.partial(chunked_loss, fuse=False)),
+    Row("fused", "bf16", chunked_loss),
+    Row("final", "auto", chunked_loss),
+    Row("no-cache", "fp32"),
+    Row("cache", "fp32", use_cache=True),
+    Row("cache-head", "fp32", use_cache=True, fast_head=True),
+    Row("cache-head-bf16", "bf16", use_cache=True, fast_head=True),
+]
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """Measure this machine: from the naive way, by steps, to the final one."""
+
+    preset: str = "tinytiny"
+    only: str | None = None  # measure one row of the table
+    row: str | None = (
+        None  # measure one row, once, in this very process (used by the command itself)
+    )
+    json: bool = False  # print JSON instead of a table
+    device: str = "auto"
+    rounds: int = 3
+    steps: int = 3  # counted steps of a training row
+    micro_batch_size: int = 12
+    micro_batches: int = 2  # to a step
+    new_tokens: int = 200
+
+    def __post_init__(self):
+        names = [row.name for row in ROWS]
+        if self.preset not in PRESETS:
+            raise ValueError(f"unknown preset {self.preset!r}; there are {', '.join(PRESETS)}")
+        for name in (self.only, self.row):
+            if name is not None and name not in names:
+                raise ValueError(f"unknown row {name!r}; there are {', '.join(names)}")
+        for name in ("rounds", "steps", "micro_batch_size", "micro_batches", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def training_rate(row: Row, options: SpeedOptions, model: GPT, device: torch.device) -> float:
+    """Tokens per second of whole training steps on random tokens: the median after two that warm up."""
+    config, precision = PRESETS[options.preset], pick_precision(device, row.precision)
+    loss_fn = plain_loss if row.name == "final" and model.config.vocab_size <= 8192 else row.loss_fn
+    optimizer = make_adamw(
+        model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2)
+    )
+    scaler = precision.scaler()
+    shape = (options.micro_batch_size, model.config.block_size)
+    x, y = (torch.randint(model.config.vocab_size, shape).to(device) for _ in range(2))
+    times = []
+    for _ in range(options.steps + 2):
+        began = time.perf_counter()
+        for _ in range(options.micro_batches):
+            with precision.autocast():
+                loss = loss_fn(model, x, y) / options.micro_batches
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(
+            model.parameters(), config.grad_clip
+        ).item()  # waits for the device
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - began)
+    return options.micro_batches * x.numel() / statistics.median(times[2:])
+
+
+def sampling_rate(row: Row, options: SpeedOptions, model: GPT, device: torch.device) -> float:
+    """New tokens per second of one text, after a short one that warms up."""
+    model = model.eval().to(pick_precision(device, row.precision).dtype)
+    head = fast_head(model) if row.fast_head else None
+    prompt = torch.randint(model.config.vocab_size, (1, 16)).to(device)
+    for n in (8, options.new_tokens):
+        began = time.perf_counter()
+        generate(model, prompt, n, use_cache=row.use_cache, head=head)[0, -1].item()
+    return options.new_tokens / (time.perf_counter() - began)
+
+
+def own_peak(device: torch.device) -> int:
+    """`peak_memory`, but on Linux without what the parent process held when it started this one."""
+    status = Path("/proc/self/status")
+    if device.type == "cpu" and status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return peak_memory(device)
+
+
+def measure_here(name: str, options: SpeedOptions) -> dict:
+    """Measure one row in this process: tokens per second, peak bytes, MFU (or None), precision."""
+    row = next(row for row in ROWS if row.name == name)
+    device = pick_device(options.device)
+    precision = pick_precision(device, row.precision).name
+    torch.manual_seed(0)
+    model = GPT(PRESETS[options.preset].model).to(device)
+    rate = (training_rate if row.loss_fn else sampling_rate)(row, options, model, device)
+    peak = peak_flops(device, precision) if row.loss_fn else None
+    mfu = rate * model.flops_per_token() / peak if peak else None
+    return {
+        "row": name,
+        "tokens_per_second": rate,
+        "peak_bytes": own_peak(device),
+        "mfu": mfu,
+        "precision": precision,
+    }
+
+
+def measure(name: str, options: SpeedOptions) -> dict:
+    """`measure_here` in a process of its own, since a process's peak memory only grows."""
+    command = [sys.executable, "-m", "gptlib.speed", "--row", name, "--json"]
+    for field in ("preset", "device", "steps", "micro_batch_size", "micro_batches", "new_tokens"):
+        command += ["--" + field.replace("_", "-"), str(getattr(options, field))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ValueError(f"row {name} failed: {reason}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def medians(names: list[str], options: SpeedOptions) -> list[dict]:
+    """Measure rows in alternating rounds; each row's medians."""
+    rounds = [{name: measure(name, options) for name in names} for _ in range(options.rounds)]
+    rows = []
+    for name in names:
+        found = [results[name] for results in rounds]
+        rows.append(dict(found[0]))
+        for key in ("tokens_per_second", "peak_bytes", "mfu"):
+            if found[0][key] is not None:
+                rows[-1][key] = statistics.median(result[key] for result in found)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Results as lines of text; ratios are to the first row of training and of sampling."""
+    training = {row.name for row in ROWS if row.loss_fn}
+    lines = []
+    for title in ("training", "sampling"):
+        part = [r for r in rows if (r["row"] in training) == (title == "training")]
+        if part:
+            lines.append(
+                f"{title:18}{'precision':>10}{'tokens/s':>12}{'ratio':>8}{'peak GB':>9}{'MFU':>8}"
+            )
+        for r in part:
+            ratio = r["tokens_per_second"] / part[0]["tokens_per_second"]
+            mfu = "-" if r["mfu"] is None else f"{r['mfu']:.1%}"
+            lines.append(
+                f"  {r['row']:16}{r['precision']:>10}{r['tokens_per_second']:>12,.1f}{ratio:>8.2f}{r['peak_bytes'] / 1e9:>9.2f}{mfu:>8}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """`python -m gptlib.speed --preset NAME [--only ROW] [--json]`."""
+    with errors_in_one_line():
+        options = tyro.cli(SpeedOptions)
+        if options.row:
+            return print(json.dumps(measure_here(options.row, options)))
+        names = [options.only] if options.only else [row.name for row in ROWS]
+        rows = medians(names, options)
+        if not options.json:
+            return print(table(rows))
+        keys = ("tokens_per_second", "peak_bytes")
+        print(json.dumps({key: rows[0][key] for key in keys} if options.only else rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -206,6 +206,7 @@ TOWN_NAMES = (
     "march ness vale cliff strand burg hampton church",
 )
 TOWN_FACTS = {
+    "river": "@river",
     "region": table(
         "Upper Marl / Lower Marl / the Saltmarch / the Vale of Orrin / Hestland / the Quern Hills / Northmoor / the Fenmark"
     ),

@@ -145,13 +145,13 @@ PRESETS = {
         model=GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=2048),
         corpus="tinywiki",
         tokenizer="bpe-2048",
-        steps=500,
-        batch_size=16,
+        steps=900,
+        batch_size=8,
         learning_rate=3e-3,
         final_learning_rate=3e-4,
         warmup_fraction=0.1,
         decay_fraction=1.0,
-        eval_interval=100,
+        eval_interval=150,
         eval_sequences=64,
     ),
     "tinytiny": TrainConfig(),  # Table 1 of the report and its code's schedule
@@ -775,7 +775,7 @@ def small_run() -> LoadedRun:
 
     The cache is keyed by its configuration and by gptlib's sources, so it can never be out of date.
     """
-    config = dataclasses.replace(PRESETS["demo"], steps=250, eval_interval=125)
+    config = dataclasses.replace(PRESETS["demo"], steps=450, eval_interval=225)
     sources = (
         "tinywiki",
         "tokenizer",
