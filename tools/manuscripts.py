@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import jupytext
@@ -32,11 +32,11 @@ class Chapter:
     def stem(self) -> str:
         return self.path.stem
 
-    @property
+    @cached_property
     def module(self) -> str:
         """The module it exports: the chapter's name, unless its header says `gptlib: {module: other}`."""
-        named = self.notebook.metadata.get("gptlib", {}).get("module")
-        return named or STEM.fullmatch(self.stem)["module"]
+        named = re.search(r"^gptlib: \{module: (\w+)\}$", self.text.split("\n---\n")[0], re.MULTILINE)
+        return named[1] if named else STEM.fullmatch(self.stem)["module"]
 
     @property
     def sort_key(self) -> tuple[int, int]:
@@ -69,7 +69,8 @@ class Chapter:
         return [cell for cell in self.notebook.cells if cell.cell_type == "code"]
 
 
-def chapters() -> list[Chapter]:
+@cache
+def chapters() -> tuple[Chapter, ...]:
     """All manuscripts in the order in which modules may build on each other."""
     found = [Chapter(path) for path in CHAPTERS.glob("*.md")]
     for chapter in found:
@@ -77,7 +78,7 @@ def chapters() -> list[Chapter]:
             raise ManuscriptError(
                 f"{chapter.path.name}: name it NN_name.md, such as 04_attention.md"
             )
-    return sorted(found, key=lambda chapter: chapter.sort_key)
+    return tuple(sorted(found, key=lambda chapter: chapter.sort_key))
 
 
 def plain_python(source: str) -> str:
