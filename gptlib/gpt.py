@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from gptlib.block import ACTIVATIONS, Block
 
-__all__ = ["GPTConfig", "GPT", "init_weights"]
+__all__ = ["GPTConfig", "init_weights", "GPT"]
 
-# The configuration
+# The shape of a model
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,18 @@ class GPTConfig:
             )
 
 
-# The model
+# Initialisation
+
+
+def init_weights(module: nn.Module) -> None:
+    """GPT-2's initialisation: weights N(0, 0.02), biases 0; layer norms stay at 1 and 0."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+# The whole model
 
 
 class GPT(nn.Module):
@@ -116,11 +127,3 @@ class GPT(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.wte.weight.device
-
-
-def init_weights(module: nn.Module) -> None:
-    """GPT-2's initialisation: weights N(0, 0.02), biases 0; layer norms stay at 1 and 0."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)

@@ -28,8 +28,9 @@ from gptlib.training import PRESETS, errors_in_one_line, plain_loss
 __all__ = [
     "softmax_gradient",
     "to_gradient",
-    "unfused_to_gradient",
     "fused_to_gradient",
+    "tiled_to_gradient",
+    "pick_to_gradient",
     "ChunkedCrossEntropy",
     "chunked_loss",
     "no_grad_loss",
@@ -69,7 +70,7 @@ def softmax_gradient(logits: Tensor, targets: Tensor, scale: float) -> tuple[Ten
     return loss, ((exp / total - hit.to(exp.dtype)) * scale).to(logits.dtype)
 
 
-# Why compile
+# Touching memory less: a compiler, or a cache
 
 
 def to_gradient(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
@@ -79,16 +80,9 @@ def to_gradient(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     return loss
 
 
-def unfused_to_gradient(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
-    """`to_gradient` without a compiler: on a CPU a few rows at a time, so that what it makes stays in the cache."""
-    rows = 16 if logits.device.type == "cpu" else len(logits)
-    pairs = zip(logits.split(rows), targets.split(rows))
-    return torch.stack([to_gradient(part, target, scale) for part, target in pairs]).sum()
-
-
 @functools.cache
 def fused_to_gradient(device_type: str) -> Callable:
-    """`to_gradient` through torch.compile where a compiler works, tried once; else unfused."""
+    """`to_gradient` through torch.compile where a compiler works, tried once; else without."""
     compiled = torch.compile(to_gradient, dynamic=True)
     try:
         example = torch.zeros(2, 3, device=device_type)
@@ -101,7 +95,30 @@ def fused_to_gradient(device_type: str) -> Callable:
         print(
             f"torch.compile does not work here ({reason}); the loss runs unfused", file=sys.stderr
         )
-        return unfused_to_gradient
+        return tiled_to_gradient if device_type == "cpu" else to_gradient
+
+
+def tiled_to_gradient(logits: Tensor, targets: Tensor, scale: float, *, rows: int = 8) -> Tensor:
+    """`to_gradient` for a CPU, a few rows at a time, so that what it makes stays in the cache."""
+    losses = []
+    for part, target in zip(
+        logits.split(rows), targets[:, None].split(rows)
+    ):  # (rows, V), (rows, 1)
+        wide = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
+        top = wide.amax(-1, keepdim=True)
+        hit = wide.gather(-1, target)
+        total = wide.sub_(top).exp_().sum(-1, keepdim=True)
+        losses.append((total.log() + top - hit).sum())
+        wide.mul_(scale / total).scatter_add_(-1, target, torch.full_like(top, -scale))
+        part.copy_(wide)
+    return torch.stack(losses).sum()
+
+
+def pick_to_gradient(device_type: str, fuse: bool | None) -> Callable:
+    """fuse: True compiled, False as written, None the faster of the device: tiled on a CPU, else compiled."""
+    if fuse is None and device_type == "cpu":
+        return tiled_to_gradient
+    return to_gradient if fuse is False else fused_to_gradient(device_type)
 
 
 # The loss as an autograd function
@@ -116,10 +133,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, fuse: bool
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, fuse: bool | None
     ) -> Tensor:
         kind, N = hidden.device.type, len(targets)
-        in_place = fused_to_gradient(kind) if fuse else unfused_to_gradient
+        in_place = pick_to_gradient(kind, fuse)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
             narrow, w = hidden.to(dtype), weight.to(dtype)  # (N, C), (V, C)
@@ -147,9 +164,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_loss(
-    model: GPT, tokens: Tensor, targets: Tensor, *, rows: int = 1024, fuse: bool = True
+    model: GPT, tokens: Tensor, targets: Tensor, *, rows: int = 1024, fuse: bool | None = None
 ) -> Tensor:
-    """The loss of `plain_loss`, with at most `rows` x V logits in memory; plugs into `run_training(loss_fn=...)`."""
+    """The loss of `plain_loss`, with at most `rows` x V logits in memory; plugs into `run_training(loss_fn=...)`.
+
+    fuse: as in `pick_to_gradient`. Raises ValueError for rows < 1.
+    """
     if rows < 1:
         raise ValueError(f"rows is {rows}; a chunk needs at least 1")
     if not torch.is_grad_enabled():
@@ -235,7 +255,7 @@ ROWS = [
     Row("plain-fp32", "fp32", plain_loss),
     Row("plain-bf16", "bf16", plain_loss),
     Row("chunked", "bf16", functools.partial(chunked_loss, fuse=False)),
-    Row("fused", "bf16", chunked_loss),
+    Row("fused", "bf16", functools.partial(chunked_loss, fuse=True)),
     Row("final", "auto", chunked_loss),
     Row("no-cache", "fp32"),
     Row("cache", "fp32", use_cache=True),

@@ -492,7 +492,7 @@ TEAM_HOME = """
 Home matches are played at {ground} , which holds {capacity} [people|spectators] .
 The team plays its home matches at {ground} , [close to|a short walk from] the River {town.river} .
 The [stadium|ground] , {ground} , lies [close to|beside] the River {town.river} [and holds {capacity} people|] .
-{ground} , with room for {capacity} [people|spectators] , is the team 's home .
+{^ground} , with room for {capacity} [people|spectators] , is the team 's home .
 {town} is a town in {town.region} , and the team 's ground , {ground} , [lies|stands] by the River {town.river} .
 * 11
 In <1950..1964> the pitch was flooded [|and a match was moved to {rival.town}] .
@@ -535,7 +535,7 @@ There is an old rivalry with {rival.town} , whose team plays in {rival.colours} 
 * 12
 The team is coached by {coach} .
 Its coach [is|was for many years] {coach} , [born in|who comes from] {coach.town} .
-{coach} [has coached|coached] the team [since|from] <1950..1964> .
+{coach} [coached|trained] the team [from <1950..1964>|for <4..15> years] .
 In <1950..1964> {coach} [became|was appointed] coach .
 Under {coach} the team [learned to defend|played an attacking game] .
 """

@@ -1,0 +1,201 @@
+"""The chunked loss and the fast head equal the plain ones; the table's arithmetic. Nothing here is timed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gptlib import speed
+from gptlib.gpt import GPT, GPTConfig
+from gptlib.sampling import generate
+from gptlib.speed import (
+    ChunkedCrossEntropy,
+    SpeedOptions,
+    chunked_loss,
+    fast_head,
+    fast_loss,
+    pick_to_gradient,
+    softmax_gradient,
+    table,
+    tiled_to_gradient,
+)
+from gptlib.training import plain_loss
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=203))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return torch.randint(203, (2, 4, 16), generator=torch.Generator().manual_seed(1))
+
+
+def loss_and_gradients(model, loss_fn, batch, **options):
+    model.zero_grad()
+    loss = loss_fn(model, *batch, **options)
+    (3 * loss).backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 63, 64, 65, 10_000])
+@pytest.mark.parametrize("fuse", [False, None])
+def test_equal_to_plain_loss_in_fp32(model, batch, rows, fuse):
+    expected, gradients = loss_and_gradients(model, plain_loss, batch)
+    loss, found = loss_and_gradients(model, chunked_loss, batch, rows=rows, fuse=fuse)
+    assert torch.allclose(loss, expected, atol=1e-5, rtol=0)
+    for a, b in zip(found, gradients):
+        assert torch.allclose(a, b, atol=1e-5, rtol=0)
+
+
+def test_compiled_or_its_fallback_is_equal(model, batch):
+    expected, gradients = loss_and_gradients(model, plain_loss, batch)
+    for rows in (64, 24, 7):
+        loss, found = loss_and_gradients(model, chunked_loss, batch, rows=rows, fuse=True)
+        assert torch.allclose(loss, expected, atol=1e-5)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, gradients))
+
+
+def test_without_a_compiler_one_line_and_the_same_value(model, batch, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        def call(*args):
+            raise RuntimeError("no C++ compiler\nand a long story")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    speed.fused_to_gradient.cache_clear()
+    try:
+        expected, _ = loss_and_gradients(model, plain_loss, batch)
+        for _ in range(2):
+            loss, _ = loss_and_gradients(model, chunked_loss, batch, fuse=True)
+            assert torch.allclose(loss, expected, atol=1e-5)
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and "no C++ compiler" in said[0]
+    finally:
+        speed.fused_to_gradient.cache_clear()
+
+
+@pytest.mark.parametrize("fuse", [False, None])
+def test_bf16_is_as_close_as_plain_bf16(model, batch, fuse):
+    exact_loss, exact = loss_and_gradients(model, plain_loss, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain_value, plain = loss_and_gradients(model, plain_loss, batch)
+        value, found = loss_and_gradients(model, chunked_loss, batch, rows=24, fuse=fuse)
+    assert value.dtype == torch.float32
+    assert abs(value - exact_loss) < max(0.02, 2 * abs(plain_value - exact_loss))
+
+    def error(gradients):
+        return max(((a - b).norm() / b.norm()).item() for a, b in zip(gradients, exact))
+
+    assert all(g.dtype == torch.float32 for g in found)
+    assert error(found) < max(2 * error(plain), 0.03)
+
+
+@pytest.mark.parametrize("fuse", [False, None])
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_gradcheck_in_float64(fuse, rows):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(11, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    targets = torch.randint(11, (7,), generator=generator)
+    assert torch.autograd.gradcheck(
+        lambda h, w: ChunkedCrossEntropy.apply(h, w, targets, rows, fuse), (hidden, weight)
+    )
+
+
+@torch.no_grad()
+def test_no_grad_is_equal_and_leaves_no_graph(model, batch):
+    expected = plain_loss(model, *batch)
+    for rows in (1, 7, 64, 1000):
+        loss = chunked_loss(model, *batch, rows=rows)
+        assert torch.allclose(loss, expected, atol=1e-5) and not loss.requires_grad
+
+
+def test_extreme_logits_stay_finite():
+    for fuse in (False, None):
+        logits = torch.tensor([[1e4, 0.0, -1e4], [88.0, 89.0, 90.0]])
+        loss = pick_to_gradient("cpu", fuse)(logits, torch.tensor([0, 2]), 1.0)
+        assert torch.isfinite(loss) and torch.isfinite(logits).all()
+        assert torch.allclose(logits.sum(-1), torch.zeros(2), atol=1e-6)
+
+
+def test_tiles_of_any_size():
+    z = torch.randn(19, 50, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(19)
+    loss, grad = softmax_gradient(z, targets, 0.5)
+    for rows in (1, 4, 19, 100):
+        buffer = z.clone()
+        assert torch.allclose(tiled_to_gradient(buffer, targets, 0.5, rows=rows), loss)
+        assert torch.allclose(buffer, grad, atol=1e-6)
+
+
+def test_accumulation_equals_the_large_batch(model, batch):
+    _, whole = loss_and_gradients(model, chunked_loss, batch)
+    model.zero_grad()
+    for x, y in zip(batch[0].split(2), batch[1].split(2)):
+        (3 * chunked_loss(model, x, y, rows=5) / 2).backward()
+    assert all(torch.allclose(p.grad, g, atol=1e-5) for p, g in zip(model.parameters(), whole))
+
+
+def test_fast_loss_is_chosen_by_vocabulary():
+    assert fast_loss(50_304) is chunked_loss and fast_loss(2_048) is plain_loss
+
+
+def test_bad_rows(model, batch):
+    with pytest.raises(ValueError, match="rows is 0"):
+        chunked_loss(model, *batch, rows=0)
+
+
+@torch.no_grad()
+def test_fast_head(model):
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 5):
+        x = torch.randn(n, 32, generator=generator)
+        assert torch.allclose(fast_head(model)(x), model.head(x), atol=1e-5)
+        half = GPT(model.config).bfloat16()
+        got, want = fast_head(half)(x.bfloat16()), half.head(x.bfloat16())
+        assert got.shape == want.shape == (n, 203)
+        assert torch.allclose(got.float(), want.float(), rtol=0.02, atol=0.01)
+    start = torch.zeros(2, 3, dtype=torch.int64)
+    texts = [
+        generate(model, start, 40, head=head, generator=torch.Generator().manual_seed(1))
+        for head in (None, fast_head(model))
+    ]
+    assert torch.equal(*texts)
+
+
+def test_table_and_options():
+    rows = [
+        {
+            "row": name,
+            "precision": "fp32",
+            "tokens_per_second": rate,
+            "peak_bytes": 10**9,
+            "mfu": None,
+        }
+        for name, rate in (("plain-fp32", 500.0), ("final", 1250.0), ("no-cache", 20.0))
+    ]
+    lines = table(rows).splitlines()
+    assert len(lines) == 5 and " 2.50 " in lines[2] and " 1.00 " in lines[4]
+    with pytest.raises(ValueError, match="unknown preset 'nano'; there are demo"):
+        SpeedOptions(preset="nano")
+    with pytest.raises(ValueError, match="unknown row 'best'; there are plain-fp32"):
+        SpeedOptions(only="best")
+    with pytest.raises(ValueError, match="rounds is 0"):
+        SpeedOptions(rounds=0)
+
+
+def test_command_prints_the_promised_json():
+    command = [sys.executable, "-m", "gptlib.speed", "--preset", "demo", "--only", "final"]
+    command += ["--json", "--rounds", "1", "--steps", "1", "--micro-batch-size", "2"]
+    command += ["--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result) == {"tokens_per_second", "peak_bytes"}
+    assert result["tokens_per_second"] > 0 and result["peak_bytes"] > 10**8
