@@ -1,4 +1,5 @@
 # `make book` builds everything and trains the demo model; `make test` checks everything.
+.DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

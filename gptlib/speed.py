@@ -31,6 +31,7 @@ __all__ = [
     "fused_to_gradient",
     "tiled_to_gradient",
     "pick_to_gradient",
+    "add_product",
     "ChunkedCrossEntropy",
     "chunked_loss",
     "no_grad_loss",
@@ -121,6 +122,18 @@ def pick_to_gradient(device_type: str, fuse: bool | None) -> Callable:
     return to_gradient if fuse is False else fused_to_gradient(device_type)
 
 
+# The sum over chunks
+
+
+def add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """total += grad.T @ hidden, summed in the type of total. Shapes (V, C), (N, V), (N, C)."""
+    if total.dtype == grad.dtype:
+        total.addmm_(grad.T, hidden)
+    else:
+        for part, columns in zip(total.split(4096), grad.split(4096, dim=1)):
+            part += columns.T @ hidden
+
+
 # The loss as an autograd function
 
 
@@ -143,17 +156,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss = hidden.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
             grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
             buffer = narrow.new_empty(min(rows, N), len(weight))  # one for all chunks
-            product = torch.empty_like(w) if dtype != weight.dtype else None
             for start in range(0, N, rows):
                 part = slice(start, start + rows)
                 logits = buffer[: min(rows, N - start)]  # (rows, V)
                 torch.mm(narrow[part], w.T, out=logits)
                 loss += in_place(logits, targets[part], 1 / N)  # from here on, G
                 grad_hidden[part] = logits @ w
-                if product is None:
-                    grad_weight.addmm_(logits.T, narrow[part])
-                else:
-                    grad_weight += torch.mm(logits.T, narrow[part], out=product)  # summed in fp32
+                add_product(grad_weight, logits, narrow[part])
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss / N
 
@@ -164,7 +173,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_loss(
-    model: GPT, tokens: Tensor, targets: Tensor, *, rows: int = 1024, fuse: bool | None = None
+    model: GPT, tokens: Tensor, targets: Tensor, *, rows: int = 1536, fuse: bool | None = None
 ) -> Tensor:
     """The loss of `plain_loss`, with at most `rows` x V logits in memory; plugs into `run_training(loss_fn=...)`.
 
