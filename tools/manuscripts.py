@@ -35,7 +35,9 @@ class Chapter:
     @cached_property
     def module(self) -> str:
         """The module it exports: the chapter's name, unless its header says `gptlib: {module: other}`."""
-        named = re.search(r"^gptlib: \{module: (\w+)\}$", self.text.split("\n---\n")[0], re.MULTILINE)
+        named = re.search(
+            r"^gptlib: \{module: (\w+)\}$", self.text.split("\n---\n")[0], re.MULTILINE
+        )
         return named[1] if named else STEM.fullmatch(self.stem)["module"]
 
     @property
