@@ -83,12 +83,20 @@ def to_gradient(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
 
 @functools.cache
 def fused_to_gradient(device_type: str) -> Callable:
-    """`to_gradient` through torch.compile where a compiler works, tried once; else without."""
+    """`to_gradient` through torch.compile where a compiler works, tried once; else without.
+
+    On a CPU the compiled function gets 128 rows at a time, which its last cache can hold.
+    """
     compiled = torch.compile(to_gradient, dynamic=True)
+
+    def in_pieces(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+        pairs = zip(logits.split(128), targets.split(128))
+        return torch.stack([compiled(part, target, scale) for part, target in pairs]).sum()
+
     try:
         example = torch.zeros(2, 3, device=device_type)
         compiled(example, torch.zeros(2, dtype=torch.int64, device=device_type), 1.0)
-        return compiled
+        return in_pieces if device_type == "cpu" else compiled
     except (
         Exception
     ) as error:  # no compiler, no Triton, an unsupported Python: all slow, none wrong
@@ -116,7 +124,7 @@ def tiled_to_gradient(logits: Tensor, targets: Tensor, scale: float, *, rows: in
 
 
 def pick_to_gradient(device_type: str, fuse: bool | None) -> Callable:
-    """fuse: True compiled, False as written, None the faster of the device: tiled on a CPU, else compiled."""
+    """fuse: True compiled, False as written, None what suits the device: tiled on a CPU, else compiled."""
     if fuse is None and device_type == "cpu":
         return tiled_to_gradient
     return to_gradient if fuse is False else fused_to_gradient(device_type)
