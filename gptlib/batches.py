@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import gptlib.tinywiki
+from gptlib.checkpoints import one_at_a_time
 from gptlib.corpus import Corpus, Piece, cache_dir, load_corpus
 from gptlib.tokenizer import Tokenizer
 
@@ -182,7 +182,9 @@ def prepare_tokens(
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
     replaced = scratch.with_name(scratch.name + ".replaced")
     try:
         manifest = {
@@ -306,7 +308,15 @@ def load_tokens(corpus: str, tokenizer: Tokenizer, *, progress: bool = False) ->
     """Tokens of a corpus by name, from the cache or made now. Raises CorpusError, TokenFileError."""
     folder = cache_dir() / "tokens" / f"{corpus_key(corpus)}-{tokenizer.hash[:8]}"
     if not (folder / "manifest.json").exists():
-        prepare_tokens(load_corpus(corpus), tokenizer, folder, progress=progress)
+        with one_at_a_time(folder.with_name(folder.name + ".lock")):
+            if not (
+                folder / "manifest.json"
+            ).exists():  # another process may have made it meanwhile
+                for leftover in folder.parent.glob(
+                    folder.name + ".[0-9]*"
+                ):  # of one that was killed
+                    shutil.rmtree(leftover)
+                prepare_tokens(load_corpus(corpus), tokenizer, folder, progress=progress)
     return TokenFile.open(folder, tokenizer)
 
 

@@ -5,6 +5,7 @@ Tangled from book/chapters/A2_checkpoints.md; change it there, not here.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -25,6 +26,7 @@ __all__ = [
     "save_checkpoint",
     "load_checkpoint",
     "RunLock",
+    "one_at_a_time",
     "lock_file",
 ]
 
@@ -106,6 +108,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2, say: Callable[[str], None] = print):
         self.folder, self.keep, self.say = Path(folder), keep, say
+        self.damaged: set[int] = set()  # found on loading; they count for nothing
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.pt"
@@ -121,12 +124,13 @@ class Checkpoints:
     def best(self) -> int | None:
         """Step of the best checkpoint, or None if it is not there."""
         path = self.folder / "best"
-        step = int(path.read_text()) if path.exists() else None
-        return step if step in self.steps() else None
+        said = path.read_text().strip() if path.exists() else ""
+        return int(said) if said.isdigit() and int(said) in self.steps() else None
 
     def save(self, step: int, state: dict, *, best: int | None = None) -> None:
         """Write one checkpoint, note which is the best, delete those no longer kept. Raises CheckpointError."""
         save_checkpoint(self, step, state, best)
+        self.damaged.discard(step)
         self.clean(step)
 
     def clean(self, newest: int) -> None:
@@ -134,7 +138,7 @@ class Checkpoints:
 
         What a kill left half-done goes too, and so does what is newer: it could not be read.
         """
-        steps = [step for step in self.steps() if step <= newest]
+        steps = [step for step in self.steps() if step <= newest and step not in self.damaged]
         kept = set(steps[-self.keep :]) | {self.best()}
         for path in self.folder.glob("step-*"):
             found = re.match(r"step-(\d{8})", path.name)
@@ -143,7 +147,20 @@ class Checkpoints:
 
     def load(self, step: int) -> dict:
         """The state saved at a step. Raises CheckpointError if the file is damaged or holds code."""
-        return load_checkpoint(self.path(step), self.hash_path(step))
+        try:
+            return load_checkpoint(self.path(step), self.hash_path(step))
+        except CheckpointError:
+            self.damaged.add(step)
+            raise
+
+    def load_best(self) -> tuple[int, dict] | None:
+        """(step, state) of the best checkpoint; None if there is none, or if it is damaged, which is reported."""
+        best = self.best()
+        try:
+            return None if best is None else (best, self.load(best))
+        except CheckpointError as error:
+            self.say(f"{error}; it was the best one, taking the newest")
+            return None
 
     def load_newest(self) -> tuple[int, dict] | None:
         """(step, state) of the newest whole checkpoint; each damaged newer one is reported and passed over.
@@ -167,7 +184,9 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, state: dict, best: int 
     """Data, then hash, then the note of the best. Raises CheckpointError if the disk is full, for example."""
     path, folder = checkpoints.path(step), checkpoints.folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            sync_folder(folder.parent)
         checkpoints.hash_path(step).unlink(missing_ok=True)  # of a damaged one that is written anew
         digest = write_atomically(path, lambda file: torch.save(state, file))
         write_text(checkpoints.hash_path(step), f"{digest}  {path.name}\n")
@@ -194,7 +213,7 @@ def load_checkpoint(path: Path, hash_path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"{path.name}: refused: {str(error).strip().splitlines()[0]}"
+            f"{path.name}: refused: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         ) from None
 
 
@@ -211,8 +230,8 @@ class RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a+")
         try:
-            lock_file(self.file)
-        except OSError:
+            lock_file(self.file, wait=False)
+        except BlockingIOError:
             self.file.seek(0)
             holder = self.file.read().strip() or "unknown"
             self.file.close()
@@ -228,13 +247,32 @@ class RunLock:
         self.file.close()
 
 
-def lock_file(file) -> None:
-    """Lock an open file for this process or raise OSError at once."""
-    if os.name == "posix":
-        import fcntl
+@contextlib.contextmanager
+def one_at_a_time(path: Path):
+    """Context in which no other process is inside the same one; waits for its turn. `path` is a lock file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        lock_file(file, wait=True)
+        yield
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else:
-        import msvcrt
 
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+def lock_file(file, *, wait: bool) -> None:
+    """Lock an open file for this process until it is closed; BlockingIOError if it is taken and `wait` is not set.
+
+    On a file system that knows no locks there is none, and nothing is raised.
+    """
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        else:  # locks a byte far behind the text, the same for every process
+            import msvcrt
+
+            file.seek(2**30)
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if os.name != "posix":
+            raise BlockingIOError from error

@@ -20,6 +20,7 @@ __all__ = [
     "pick_device",
     "check_against_cpu",
     "Precision",
+    "PRECISIONS",
     "pick_precision",
     "fp16_is_sound",
     "cpu_bf16_speed",
@@ -52,6 +53,10 @@ def pick_device(name: str = "auto") -> torch.device:
         ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError("no CUDA device here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"no device {name} here; there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+        )
     if device.type == "mps":
         if not torch.backends.mps.is_available():
             raise DeviceError("no MPS device here; use --device cpu")
@@ -104,13 +109,16 @@ class Precision:
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
 def pick_precision(device: torch.device, name: str = "auto") -> Precision:
     """Choose a precision for a device: bf16 if it really has it, else fp16 on CUDA, else fp32.
 
     Raises DeviceError for an unknown name and for fp16 training on the CPU.
     """
-    if name not in ("auto", "fp32", "bf16", "fp16"):
-        raise DeviceError(f"unknown precision {name!r}; there are auto, fp32, bf16, fp16")
+    if name not in PRECISIONS:
+        raise DeviceError(f"unknown precision {name!r}; there are {', '.join(PRECISIONS)}")
     if name != "auto":
         if name == "fp16" and device.type == "cpu":
             raise DeviceError("fp16 training needs CUDA; use bf16 or fp32 on the CPU")

@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from gptlib.devices import pick_device
 
 __all__ = ["World", "join_world", "leave_world"]
 
@@ -72,10 +75,13 @@ def join_world(device: torch.device) -> tuple[World, torch.device]:
         return World(), device
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if device.type == "cuda":
-        device = torch.device("cuda", world.local_rank)
+        device = pick_device(f"cuda:{world.local_rank}")
         torch.cuda.set_device(device)
     if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, timeout=timedelta(hours=6)
+        )  # the first one tokenises meanwhile
     return world, device
 
 

@@ -174,17 +174,23 @@ class Evaluation:
         """Bootstrap interval of nats per token over documents. Source: Efron and Tibshirani 1993, chapter 13."""
         kept = np.array(self.tokens) > 0  # an empty document says nothing
         nats, tokens = np.array(self.nats)[kept], np.array(self.tokens)[kept]
-        picks = np.random.default_rng(seed).integers(len(nats), size=(draws, len(nats)))
-        means = nats[picks].sum(1) / tokens[picks].sum(1)
+        rng = np.random.default_rng(seed)
+        picks = (rng.integers(len(nats), size=len(nats)) for _ in range(draws))
+        means = np.array([nats[pick].sum() / tokens[pick].sum() for pick in picks])
         low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
 
     def __str__(self) -> str:
         low, high = self.interval()
+        between = (
+            f"95% over documents: {low:.4f} to {high:.4f}"
+            if len(self.tokens) > 1
+            else "one document, no interval"
+        )
         lines = [
             f"{Path(self.corpus).name}, {self.split}: {sum(self.tokens):,} tokens of {len(self.tokens):,} documents, step {self.step}",
             f"context {self.context}, stride {self.stride}",
-            f"nats per token     {self.nats_per_token:.4f}   (95% over documents: {low:.4f} to {high:.4f})",
+            f"nats per token     {self.nats_per_token:.4f}   ({between})",
             f"token perplexity   {self.perplexity:.2f}",
             f"word perplexity    {self.word_perplexity:.2f}   ({self.words:,} words and line ends)",
             f"bits per byte      {self.bits_per_byte:.4f}   ({self.text_bytes:,} bytes)",
@@ -436,6 +442,8 @@ class EvaluationOptions:
 def evaluate_run(options: EvaluationOptions, *, progress: bool = True) -> Evaluation:
     """Evaluate as the command line does. Raises what reading the run or the corpus raises."""
     run = load_run(options.run, which=options.which, device=options.device)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     corpus = options.corpus or run.config.corpus
     protocol(run.model, options.context, options.stride)  # complain before the corpus is read
     split = load_tokens(corpus, run.tokenizer, progress=progress).split(options.split)
@@ -455,6 +463,8 @@ def evaluate_run(options: EvaluationOptions, *, progress: bool = True) -> Evalua
 def probe_run(options: EvaluationOptions, *, progress: bool = True) -> list[ProbeResult]:
     """Run TinyWiki's probes on a run, as the command line does."""
     run: LoadedRun = load_run(options.run, which=options.which, device=options.device)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     results = run_probes(run.model, run.tokenizer, TinyWiki().probes(), progress=progress)
     if options.out:
         write_text(options.out, json.dumps([dataclasses.asdict(r) for r in results]) + "\n")

@@ -26,9 +26,9 @@ from gptlib.training import (
     LoadedRun,
     TrainConfig,
     TrainState,
-    adamw_of,
     errors_in_one_line,
     load_run,
+    optimizer_of,
 )
 from gptlib.watching import read_rows
 
@@ -52,6 +52,7 @@ __all__ = [
     "read_json",
     "import_model",
     "read_safetensors",
+    "read_pickle",
     "fetch",
     "crop_block_size",
     "save_imported",
@@ -387,10 +388,17 @@ def from_tokenizer_json(path: Path, name: str) -> Tokenizer:
         )
     special = {token["content"]: token["id"] for token in stored.get("added_tokens", [])}
     bytes_of = {letter: byte for byte, letter in byte_letters().items()}
-    vocabulary = {t: i for t, i in bpe["vocab"].items() if t not in special}
+    unknown = sorted(set(special) - {END_OF_TEXT})
+    if unknown:
+        raise ExchangeError(
+            f"{path.name}: added tokens {', '.join(unknown)}; only {END_OF_TEXT} can be imported"
+        )
+    vocabulary = {t: i for t, i in bpe.get("vocab", {}).items() if t not in special}
     try:
         ranks = {bytes(bytes_of[c] for c in token): i for token, i in vocabulary.items()}
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in bpe["merges"]]
+        merges = [
+            pair.split(" ") if isinstance(pair, str) else pair for pair in bpe.get("merges", [])
+        ]
         merges = [tuple(bytes(bytes_of[c] for c in half) for half in pair) for pair in merges]
     except KeyError as error:
         raise ExchangeError(
@@ -408,9 +416,12 @@ def from_tokenizer_json(path: Path, name: str) -> Tokenizer:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file, or an ExchangeError that names it."""
+    """The object in a JSON file, or an ExchangeError that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+        return found
     except ValueError:
         raise ExchangeError(
             f"{path.name}: damaged (no JSON); fetch or export the model again"
@@ -437,7 +448,7 @@ def import_model(source: str) -> tuple[GPT, Tokenizer]:
     if (folder / "model.safetensors").exists():
         weights = read_safetensors(folder / "model.safetensors")
     elif (folder / "pytorch_model.bin").exists():
-        weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        weights = read_pickle(folder / "pytorch_model.bin")
     else:
         raise ExchangeError(f"{source}: neither model.safetensors nor pytorch_model.bin there")
     if not (folder / "tokenizer.json").exists():
@@ -462,6 +473,17 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ExchangeError(
             f"{path.name}: damaged ({error}); fetch or export the model again"
+        ) from None
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of torch.save, without running code; an ExchangeError if that cannot be."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExchangeError(
+            f"{path.name}: damaged or unsafe ({reason}); fetch the model again as safetensors"
         ) from None
 
 
@@ -499,7 +521,7 @@ def crop_block_size(model: GPT, block_size: int) -> GPT:
 
 
 def save_imported(model: GPT, tokenizer: Tokenizer, source: str, out: Path) -> None:
-    """Make a run folder of an imported model, so that sampling, evaluation and training accept it."""
+    """Make a run folder of an imported model, so that sampling, evaluation and export accept it."""
     out = Path(out)
     if out.exists():
         raise ExchangeError(f"{out} exists; choose another --out or delete it")
@@ -518,7 +540,7 @@ def save_imported(model: GPT, tokenizer: Tokenizer, source: str, out: Path) -> N
         }
         write_text(scratch / "run.json", json.dumps(record, indent=1) + "\n")
         state = TrainState(
-            model, adamw_of(model, config), torch.amp.GradScaler("cpu", enabled=False), step=1
+            model, optimizer_of(model, config), torch.amp.GradScaler("cpu", enabled=False), step=1
         )
         Checkpoints(scratch / "checkpoints").save(1, state.state_dict())
         scratch.chmod(0o755)

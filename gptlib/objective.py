@@ -10,7 +10,16 @@ import math
 import torch
 from torch import nn
 
-__all__ = ["perplexity", "bits_per_byte", "parameter_groups", "make_adamw", "learning_rate"]
+__all__ = [
+    "perplexity",
+    "bits_per_byte",
+    "parameter_groups",
+    "make_adamw",
+    "learning_rate",
+    "trapezoid",
+    "Together",
+    "make_muon",
+]
 
 # What a loss is worth in other units
 
@@ -63,3 +72,64 @@ def learning_rate(
         return final
     progress = (step - warmup_steps) / (decay_steps - warmup_steps)  # 0 .. 1
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# Come down late
+
+
+def trapezoid(
+    step: int, *, peak: float, final: float, warmup_steps: int, steps: int, cooldown_steps: int
+) -> float:
+    """Linear warm-up, the peak, and a straight line towards `final` in the last `cooldown_steps` of `steps`.
+
+    The first step has peak / warmup_steps, not 0. Source: Hägele et al. 2024.
+    """
+    climb = min(1.0, (step + 1) / max(1, warmup_steps))
+    descent = min(1.0, max(0, steps - step) / max(1, cooldown_steps))
+    return peak * climb if climb < 1 else final + (peak - final) * descent
+
+
+# A step for a matrix, not for its entries
+
+
+class Together:
+    """Several optimisers, each with parameters of its own, that a training loop can treat as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict) -> None:
+        for part, its_state in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(its_state)
+
+
+def make_muon(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> Together:
+    """Muon for the matrices of the blocks (`model.h`), AdamW for embeddings and vectors.
+
+    Muon's step is scaled to the size of AdamW's, so that both take the same rate, which is set before
+    every step. Sources: Jordan et al. 2024; Liu et al. 2025 (the scale).
+    """
+    inner = [p for p in model.h.parameters() if p.dim() == 2]
+    taken = {id(p) for p in inner}
+    groups = parameter_groups(model, weight_decay)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in taken]
+    muon = torch.optim.Muon(
+        inner, lr=0.0, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    return Together(muon, torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from gptlib.devices import (
@@ -21,7 +23,6 @@ from gptlib.devices import (
     pick_precision,
     total_memory,
 )
-from gptlib.gpt import GPT
 from gptlib.speed import fast_loss
 from gptlib.training import (
     PRESETS,
@@ -29,19 +30,23 @@ from gptlib.training import (
     RunError,
     RunOptions,
     TrainConfig,
-    adamw_of,
+    WithLoss,
     errors_in_one_line,
+    fit_micro_batch,
+    fresh_model,
+    optimizer_of,
     run_training,
 )
 
-__all__ = ["pretrain", "Plan", "plan", "Command", "preset_of", "main"]
+__all__ = ["pretrain", "Plan", "plan", "seconds_of", "Command", "preset_of", "main"]
 
 # The choice
 
 
 def pretrain(config: TrainConfig, options: RunOptions) -> LoadedRun | None:
     """Start or resume a pretraining run, with the fast loss of chapter 11. Returns what `load_run` would."""
-    return run_training(config, options, loss_fn=fast_loss(config.model.vocab_size))
+    kind = pick_device(options.device).type
+    return run_training(config, options, loss_fn=fast_loss(config.model.vocab_size, kind))
 
 
 # Predict, then measure
@@ -74,35 +79,43 @@ class Plan:
             f"memory       {self.peak_bytes / 1e9:.2f} GB measured{have}",
             f"speed        {self.tokens_per_second:,.0f} tokens/s"
             + (f", {self.mfu:.1%} of peak" if self.mfu else ""),
-            f"whole run    {self.tokens:,} tokens, about {self.hours:.1f} hours ({self.hours / 24:.2f} days)",
+            f"whole run    {self.tokens:,} tokens, about "
+            + (
+                f"{self.hours:.1f} hours ({self.hours / 24:.2f} days)"
+                if self.hours > 1
+                else f"{60 * self.hours:.1f} minutes"
+            ),
         ]
         return "\n".join(lines)
 
 
 def plan(config: TrainConfig, options: RunOptions, *, steps: int = 20) -> Plan:
-    """Measure `steps` micro-batches of random tokens and work out what the run will take. Writes nothing."""
-    import torch
+    """Measure `steps` micro-batches of random tokens and work out what the run will take. Writes nothing.
 
+    A step of the run is as many micro-batches as it needs, one clipping and one step of the optimiser.
+    """
     device = pick_device(options.device)
     precision = pick_precision(device, options.precision)
-    model = GPT(config.model).to(device)
-    optimizer, loss_fn = adamw_of(model, config), fast_loss(config.model.vocab_size)
-    shape = (options.micro_batch_size, config.model.block_size + 1)
-    tokens = torch.randint(config.model.vocab_size, shape).to(device)
-    began = 0.0
-    for step in range(steps + 2):
-        if step == 2:  # the first two set up kernels and the optimiser's state
-            began = time.perf_counter()
+    model = fresh_model(config).to(device)
+    optimizer = optimizer_of(model, config)
+    module = WithLoss(model, fast_loss(config.model.vocab_size, device.type))
+    size = fit_micro_batch(config.batch_size, options.micro_batch_size)
+    tokens = torch.randint(config.model.vocab_size, (size, config.model.block_size + 1)).to(device)
+
+    def micro_batch() -> None:
         with precision.autocast():
-            loss = loss_fn(model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+            loss = module(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         loss.backward()
-        loss.item()
-        if step < 2:
-            optimizer.step()
-            optimizer.zero_grad()
-    seconds = (time.perf_counter() - began) / steps
-    rate = options.micro_batch_size * config.model.block_size / seconds
-    peak = peak_flops(device, precision.name)
+        loss.item()  # waits for the device
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
+        optimizer.step()
+
+    micro_batch()  # the first calls set up kernels and the optimiser's averages
+    update()
+    seconds = seconds_of(micro_batch, steps) * config.batch_size / size + seconds_of(update, 2)
+    rate, peak = config.tokens_per_step / seconds, peak_flops(device, precision.name)
     parameters = model.n_parameters(positions=True)
     return Plan(
         device=describe_machine(device)["device_name"] or device.type,
@@ -116,6 +129,14 @@ def plan(config: TrainConfig, options: RunOptions, *, steps: int = 20) -> Plan:
         tokens_per_second=rate,
         mfu=rate * model.flops_per_token() / peak if peak else None,
     )
+
+
+def seconds_of(call: Callable[[], None], repeats: int) -> float:
+    """Mean duration of a call."""
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - began) / repeats
 
 
 # From the shell

@@ -64,9 +64,12 @@ def next_token_probs(
     Holtzman et al. 2020 (top-p). Raises ValueError for settings that describe no distribution.
     """
     check_sampling(temperature, top_k, top_p)
-    logits = logits.float() / temperature
+    logits = logits.float()
     if n_vocab is not None and n_vocab < logits.shape[-1]:
         logits = logits[:, :n_vocab]
+    logits = (
+        logits - logits.amax(-1, keepdim=True)
+    ) / temperature  # the largest is 0, so none overflows
     if top_k is None and top_p is None:
         return logits.softmax(-1)
     size = logits.shape[-1]

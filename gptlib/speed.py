@@ -35,7 +35,11 @@ __all__ = [
     "ChunkedCrossEntropy",
     "chunked_loss",
     "no_grad_loss",
+    "FastLoss",
+    "compile_blocks",
+    "compiler_works",
     "fast_loss",
+    "library_loss",
     "inner_products",
     "fused_inner_products",
     "fast_head",
@@ -55,8 +59,8 @@ __all__ = [
 # The gradient is known at once
 
 
-def softmax_gradient(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Sum of the rows' losses, and the gradient of `scale` times it by the logits, in the logits' type.
+def softmax_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the rows' losses, and its gradient by the logits, in the logits' type.
 
     logits: (N, V); targets: (N,) int64. Computed in fp32 (fp64 for fp64 logits).
     """
@@ -68,15 +72,15 @@ def softmax_gradient(logits: Tensor, targets: Tensor, scale: float) -> tuple[Ten
     hit = (
         torch.arange(logits.shape[-1], device=logits.device) == targets[:, None]
     )  # (N, V), fused away
-    return loss, ((exp / total - hit.to(exp.dtype)) * scale).to(logits.dtype)
+    return loss, (exp / total - hit.to(exp.dtype)).to(logits.dtype)
 
 
 # Touching memory less: a compiler, or a cache
 
 
-def to_gradient(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+def to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     """`softmax_gradient` in place: the logits become the gradient; returns the sum of the losses."""
-    loss, grad = softmax_gradient(logits, targets, scale)
+    loss, grad = softmax_gradient(logits, targets)
     logits.copy_(grad)
     return loss
 
@@ -89,13 +93,13 @@ def fused_to_gradient(device_type: str) -> Callable:
     """
     compiled = torch.compile(to_gradient, dynamic=True)
 
-    def in_pieces(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    def in_pieces(logits: Tensor, targets: Tensor) -> Tensor:
         pairs = zip(logits.split(128), targets.split(128))
-        return torch.stack([compiled(part, target, scale) for part, target in pairs]).sum()
+        return torch.stack([compiled(part, target) for part, target in pairs]).sum()
 
     try:
         example = torch.zeros(2, 3, device=device_type)
-        compiled(example, torch.zeros(2, dtype=torch.int64, device=device_type), 1.0)
+        compiled(example, torch.zeros(2, dtype=torch.int64, device=device_type))
         return in_pieces if device_type == "cpu" else compiled
     except (
         Exception
@@ -107,7 +111,7 @@ def fused_to_gradient(device_type: str) -> Callable:
         return tiled_to_gradient if device_type == "cpu" else to_gradient
 
 
-def tiled_to_gradient(logits: Tensor, targets: Tensor, scale: float, *, rows: int = 8) -> Tensor:
+def tiled_to_gradient(logits: Tensor, targets: Tensor, *, rows: int = 8) -> Tensor:
     """`to_gradient` for a CPU, a few rows at a time, so that what it makes stays in the cache."""
     losses = []
     for part, target in zip(
@@ -118,7 +122,7 @@ def tiled_to_gradient(logits: Tensor, targets: Tensor, scale: float, *, rows: in
         hit = wide.gather(-1, target)
         total = wide.sub_(top).exp_().sum(-1, keepdim=True)
         losses.append((total.log() + top - hit).sum())
-        wide.mul_(scale / total).scatter_add_(-1, target, torch.full_like(top, -scale))
+        wide.div_(total).scatter_add_(-1, target, torch.full_like(top, -1.0))
         part.copy_(wide)
     return torch.stack(losses).sum()
 
@@ -168,15 +172,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + rows)
                 logits = buffer[: min(rows, N - start)]  # (rows, V)
                 torch.mm(narrow[part], w.T, out=logits)
-                loss += in_place(logits, targets[part], 1 / N)  # from here on, G
+                loss += in_place(logits, targets[part])  # from here on, N times G
                 grad_hidden[part] = logits @ w
                 add_product(grad_weight, logits, narrow[part])
         ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.positions = N
         return loss / N
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
+        grad = grad / ctx.positions  # not earlier: 1 / (N V) is less than fp16 can hold
         return grad_hidden * grad, grad_weight * grad, None, None, None
 
 
@@ -207,9 +213,50 @@ def no_grad_loss(model: GPT, tokens: Tensor, targets: Tensor, rows: int) -> Tens
     return total / len(targets)
 
 
-def fast_loss(vocab_size: int) -> Callable[[GPT, Tensor, Tensor], Tensor]:
-    """The loss function to train with: chunked where all logits at once would be most of the memory."""
-    return chunked_loss if vocab_size > 8192 else plain_loss
+@dataclass(frozen=True)
+class FastLoss:
+    """The loss function to train with, as a record of how it computes."""
+
+    chunked: bool  # never all logits at once
+    compiled: bool  # blocks and softmax through torch.compile
+
+    def __call__(self, model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
+        """(B, T) tokens and targets -> mean cross-entropy in nats per token."""
+        if self.compiled:
+            compile_blocks(model)
+        if not self.chunked:
+            return plain_loss(model, tokens, targets)
+        suits = None if tokens.device.type == "cpu" else False
+        return chunked_loss(model, tokens, targets, fuse=True if self.compiled else suits)
+
+
+def compile_blocks(model: GPT) -> None:
+    """Let `torch.compile` join the small operations of each block, at its first call from here on."""
+    for block in model.h:
+        if block._compiled_call_impl is None:
+            block.compile()
+
+
+def compiler_works(device_type: str) -> bool:
+    """Whether torch.compile works here for this kind of device; tried once, and one line says if not."""
+    return fused_to_gradient(device_type) not in (to_gradient, tiled_to_gradient)
+
+
+def fast_loss(vocab_size: int, device_type: str = "cpu") -> FastLoss:
+    """Chunked where all logits at once would be most of the memory; compiled on CUDA where that works."""
+    return FastLoss(vocab_size > 8192, device_type == "cuda" and compiler_works(device_type))
+
+
+# Somebody else's
+
+
+def library_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
+    """The same loss by PyTorch's own chunked function, for comparison. Needs PyTorch 2.13."""
+    hidden, weight = model.hidden(tokens).flatten(0, 1).float(), model.wte.weight
+    options = torch.nn.LinearCrossEntropyOptions()
+    return torch.nn.functional.linear_cross_entropy(
+        hidden, weight, targets.flatten(), options=options
+    )
 
 
 # Sampling: the order of the weights
@@ -273,6 +320,7 @@ ROWS = [
     Row("chunked", "bf16", functools.partial(chunked_loss, fuse=False)),
     Row("fused", "bf16", functools.partial(chunked_loss, fuse=True)),
     Row("final", "auto", chunked_loss),
+    Row("library", "fp32", library_loss),
     Row("no-cache", "fp32"),
     Row("cache", "fp32", use_cache=True),
     Row("cache-head", "fp32", use_cache=True, head_dtype=torch.float32),
@@ -427,7 +475,12 @@ def main() -> None:
         options = tyro.cli(SpeedOptions)
         if options.row:
             return print(json.dumps(measure_here(options.row, options)))
-        names = [options.only] if options.only else [row.name for row in ROWS]
+        known = [
+            row.name
+            for row in ROWS
+            if row.name != "library" or hasattr(torch.nn, "LinearCrossEntropyOptions")
+        ]
+        names = [options.only] if options.only else known
         rows = medians(names, options)
         if not options.json:
             return print(table(rows))

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -25,9 +26,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gptlib.batches import Batches, TokenFile, load_tokens, to_device
-from gptlib.checkpoints import CheckpointError, Checkpoints, RunLock, remove_leftovers, write_text
+from gptlib.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    RunLock,
+    one_at_a_time,
+    remove_leftovers,
+    write_text,
+)
 from gptlib.corpus import cache_dir
 from gptlib.devices import (
+    PRECISIONS,
     Precision,
     describe_machine,
     peak_flops,
@@ -37,9 +46,9 @@ from gptlib.devices import (
 )
 from gptlib.distribution import World, join_world, leave_world
 from gptlib.gpt import GPT, GPTConfig
-from gptlib.objective import learning_rate, make_adamw
+from gptlib.objective import Together, learning_rate, make_adamw, make_muon, trapezoid
 from gptlib.tokenizer import Tokenizer, load_tokenizer
-from gptlib.watching import RowWriter, cut_rows, make_logger, watch
+from gptlib.watching import LOGGERS, RowWriter, cut_rows, make_logger, watch
 
 __all__ = [
     "RunError",
@@ -53,18 +62,21 @@ __all__ = [
     "seed_dropout",
     "WithLoss",
     "plain_loss",
-    "adamw_of",
+    "fresh_model",
+    "optimizer_of",
     "MAX_SKIPPED_IN_A_ROW",
     "check_finite",
     "train",
     "EVAL_STEP",
     "validation_loss",
+    "Terminal",
     "StopRequest",
     "open_run",
     "compare_records",
     "flat",
     "settle_precision",
     "open_data",
+    "name_of",
     "Opened",
     "Leg",
     "Clock",
@@ -74,6 +86,7 @@ __all__ = [
     "run_training",
     "make_deterministic",
     "small_run",
+    "OUT_OF_MEMORY",
     "errors_in_one_line",
     "main",
 ]
@@ -106,6 +119,9 @@ class TrainConfig:
     final_learning_rate: float = 6e-5
     warmup_fraction: float = 800 / 3400  # of steps
     decay_fraction: float = 6000 / 3400  # of steps; more than 1: stopped on the way down
+    cooldown_fraction: float | None = None  # of steps; if given, a trapezoid instead of the cosine
+    optimizer: str = "adamw"  # or muon
+    zero_projections: bool = False  # begin with blocks that add nothing
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
@@ -115,12 +131,13 @@ class TrainConfig:
 
     def rate(self, step: int) -> float:
         """Learning rate of the 0-based step."""
+        shape = {"peak": self.learning_rate, "final": self.final_learning_rate}
+        shape["warmup_steps"] = round(self.warmup_fraction * self.steps)
+        if self.cooldown_fraction is not None:
+            cooldown = round(self.cooldown_fraction * self.steps)
+            return trapezoid(step, steps=self.steps, cooldown_steps=cooldown, **shape)
         return learning_rate(
-            step,
-            peak=self.learning_rate,
-            final=self.final_learning_rate,
-            warmup_steps=round(self.warmup_fraction * self.steps),
-            decay_steps=max(1, round(self.decay_fraction * self.steps)),
+            step, decay_steps=max(1, round(self.decay_fraction * self.steps)), **shape
         )
 
     @property
@@ -129,7 +146,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "TrainConfig":
-        """The inverse of `dataclasses.asdict`."""
+        """The inverse of `dataclasses.asdict`; what an older version did not know gets its default."""
         return cls(**{**values, "model": GPTConfig(**values["model"])})
 
     def __post_init__(self):
@@ -138,6 +155,10 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must not be negative")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"unknown optimizer {self.optimizer!r}; there are adamw, muon")
+        if self.cooldown_fraction is not None and not 0 < self.cooldown_fraction <= 1:
+            raise ValueError(f"cooldown_fraction is {self.cooldown_fraction}; it must be in (0, 1]")
 
 
 PRESETS = {
@@ -155,6 +176,15 @@ PRESETS = {
         eval_sequences=64,
     ),
     "tinytiny": TrainConfig(),  # Table 1 of the report and its code's schedule
+    "tinytiny-fast": TrainConfig(
+        steps=1133,
+        optimizer="muon",
+        learning_rate=3e-3,
+        final_learning_rate=0.0,
+        warmup_fraction=0.05,
+        cooldown_fraction=0.5,
+        zero_projections=True,
+    ),
     "gpt2": TrainConfig(
         model=GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024),
         steps=20_000,
@@ -185,6 +215,11 @@ class RunOptions:
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name, known in (("log", LOGGERS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}; there are {', '.join(known)}"
+                )
 
 
 def fit_micro_batch(batch_size: int, limit: int, world_size: int = 1) -> int:
@@ -215,7 +250,7 @@ class TrainState:
     """Everything that a step changes, and so everything that a checkpoint holds."""
 
     model: GPT
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Together
     scaler: torch.amp.GradScaler
     step: int = 0  # steps done; also the position in the data
     best: float = math.inf  # lowest validation loss so far
@@ -263,9 +298,21 @@ def plain_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     return model(tokens, targets)[1]
 
 
-def adamw_of(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
-    """The report's optimiser: AdamW with the rates of its code."""
-    return make_adamw(model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
+def fresh_model(config: TrainConfig) -> GPT:
+    """The model of a run before its first step, a function of the configuration alone."""
+    torch.manual_seed(config.seed)
+    model = GPT(config.model)
+    if config.zero_projections:  # then every block is the identity at first; Zhang et al. 2019
+        for name, p in model.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.zeros_(p)
+    return model
+
+
+def optimizer_of(model: GPT, config: TrainConfig) -> torch.optim.Optimizer | Together:
+    """The optimiser that a configuration asks for; `train` gives it its rate before every step."""
+    make = {"adamw": make_adamw, "muon": make_muon}[config.optimizer]
+    return make(model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
 
 
 # The numbers that go wrong
@@ -294,7 +341,7 @@ def check_finite(state: TrainState, row: dict, batches: Batches) -> None:
     offsets = ", ".join(str(o) for o in batches.offsets(state.step)[:8])
     raise NonFiniteError(
         f"{where}; the crops begin at tokens {offsets}, ...; the last checkpoint is whole: "
-        "lower the learning rate, or use --precision fp32"
+        "with another --out, lower the learning rate or use --precision fp32"
     )
 
 
@@ -320,7 +367,7 @@ def train(
     while state.step < config.steps and not stop:
         rate = config.rate(state.step)
         for group in state.optimizer.param_groups:
-            group["lr"] = rate * group.get("rate_factor", 1.0)
+            group["lr"] = rate
         loss = torch.zeros((), device=device)
         micro_batches = batches.micro_batches(state.step, micro_batch_size, world.rank, world.size)
         for i, (x, y) in enumerate(to_device(micro_batches, device)):
@@ -334,6 +381,8 @@ def train(
         norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         row = {"loss": world.mean(loss).item(), "grad_norm": norm.item(), "learning_rate": rate}
         row["scale"] = state.scaler.get_scale()
+        if state.scaler.is_enabled():
+            row["skipped"] = state.skipped
         check_finite(state, row, batches)
         state.scaler.step(state.optimizer)  # skipped by itself if a gradient is not finite
         state.scaler.update()
@@ -366,6 +415,21 @@ def validation_loss(
 # Stopping when asked
 
 
+class Terminal:
+    """Standard error, which nobody may be left to read: Ctrl-C ends a `| tee log` too."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(sys.stderr, name)
+
+
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into a flag; a second one ends the process as usual."""
 
@@ -380,10 +444,11 @@ class StopRequest:
 
     def note(self, number, frame) -> None:
         self.signal = number
-        print(
-            "\nstopping after this step; signal again to leave at once", file=sys.stderr, flush=True
-        )
         self.restore()
+        with contextlib.suppress(
+            OSError
+        ):  # os.write, since a signal may come in the middle of a print
+            os.write(2, b"\nstopping after this step; signal again to leave at once\n")
 
     def restore(self) -> None:
         for number, handler in self.before.items():
@@ -429,7 +494,8 @@ def open_run(
 
 def compare_records(old: dict, new: dict, out: Path) -> None:
     """Raises RunError if two `run.json` are of different runs; says so if only the machine differs."""
-    before, now = flat(old["config"]), flat(new["config"])
+    before = flat(dataclasses.asdict(TrainConfig.from_dict(old["config"])))
+    now = flat(new["config"])
     for key in now:
         if before.get(key) != now[key]:
             raise RunError(
@@ -468,7 +534,7 @@ def settle_precision(out: Path, name: str, device: torch.device) -> Precision:
     """The run's own precision if it has begun, so that a second measurement cannot change its numbers."""
     path = out / "run.json"
     if name == "auto" and path.exists():
-        name = json.loads(path.read_text(encoding="utf-8"))["machine"]["precision"]
+        name = json.loads(path.read_text(encoding="utf-8"))["machine"].get("precision", name)
     return pick_precision(device, name)
 
 
@@ -493,6 +559,11 @@ def open_data(
     )
 
 
+def name_of(loss_fn: Callable) -> str:
+    """What `run.json` says of a loss: a function's name, or what an object that is called says of itself."""
+    return getattr(loss_fn, "__name__", None) or str(loss_fn)
+
+
 class Opened:
     """A run that is opened and brought to where it stands: what a leg works with."""
 
@@ -510,20 +581,19 @@ class Opened:
         self.precision = settle_precision(self.out, options.precision, device)
         self.checkpoints = Checkpoints(self.out / "checkpoints", options.keep, say=self.say)
 
-    def take_up(self, loss_fn: Callable, make_optimizer: Callable) -> None:
+    def take_up(self, loss_fn: Callable) -> None:
         """Build the state, and load the newest whole checkpoint into it if there is one."""
         if self.world.is_main:
             machine = describe_machine(self.device) | {
                 "precision": self.precision.name,
                 "processes": self.world.size,
             }
-            machine["micro_batch_size"] = self.micro_batch_size
+            machine |= {"micro_batch_size": self.micro_batch_size, "loss": name_of(loss_fn)}
             open_run(self.config, self.out, self.tokenizer, self.tokens, machine)
             remove_leftovers(self.out)
             self.world.wait()
-        torch.manual_seed(self.config.seed)
-        model = GPT(self.config.model).to(self.device)
-        self.state = TrainState(model, make_optimizer(model, self.config), self.precision.scaler())
+        model = fresh_model(self.config).to(self.device)
+        self.state = TrainState(model, optimizer_of(model, self.config), self.precision.scaler())
         self.module = WithLoss(model, loss_fn)
         newest = self.checkpoints.load_newest()
         if newest:
@@ -537,7 +607,7 @@ class Opened:
 
     def say(self, text: str) -> None:
         if self.world.is_main:
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=Terminal(), flush=True)
 
 
 class Leg(Opened):
@@ -586,6 +656,10 @@ class Leg(Opened):
             loss = validation_loss(
                 self.module, self.eval_batches, self.precision, self.micro_batch_size
             )
+            if not math.isfinite(loss):
+                raise NonFiniteError(
+                    f"step {self.state.step}: validation loss {loss}; the last checkpoint is whole"
+                )
             if loss < self.state.best:
                 self.state.best, self.state.best_step = loss, self.state.step
             self.journal.evaluation({"step": self.state.step, "validation_loss": loss})
@@ -652,12 +726,12 @@ class Journal:
                 RowWriter(out / "metrics.jsonl"),
                 RowWriter(out / "timings.jsonl"),
             )
-            self.logger = make_logger(self.leg.options.log, out, dataclasses.asdict(config))
+            self.logger = make_logger(
+                self.leg.options.log, out, dataclasses.asdict(config), self.leg.state.step
+            )
+            first, hidden = self.leg.state.step, not self.progress
             self.bar = tqdm(
-                total=config.steps,
-                initial=self.leg.state.step,
-                unit="step",
-                disable=not self.progress,
+                total=config.steps, initial=first, unit="step", disable=hidden, file=Terminal()
             )
         return self
 
@@ -680,7 +754,7 @@ class Journal:
         self.logger.log(row, row["step"])
         if self.progress:
             self.bar.write(
-                f"step {row['step']}: validation loss {row['validation_loss']:.4f}", file=sys.stderr
+                f"step {row['step']}: validation loss {row['validation_loss']:.4f}", file=Terminal()
             )
 
     def sync(self) -> None:
@@ -708,7 +782,8 @@ class LoadedRun:
 def load_run(path: Path | str, *, which: str = "best", device: str = "cpu") -> LoadedRun:
     """The model of a run: its `best` checkpoint (by validation loss) or its `last`.
 
-    Raises RunError for a folder that holds no run or no checkpoint yet, CheckpointError for damage.
+    A damaged checkpoint is reported and the newest whole one taken instead. Raises RunError for a
+    folder that holds no run or no checkpoint yet, CheckpointError if no checkpoint is whole.
     """
     path = Path(path)
     if which not in ("best", "last"):
@@ -725,13 +800,12 @@ def load_run(path: Path | str, *, which: str = "best", device: str = "cpu") -> L
             f"{path}: tokenizer.json is not the tokenizer that the run was trained with; restore it"
         )
     checkpoints = Checkpoints(path / "checkpoints", say=lambda text: print(text, file=sys.stderr))
-    best = checkpoints.best() if which == "best" else None
-    newest = (best, checkpoints.load(best)) if best is not None else checkpoints.load_newest()
-    if newest is None:
+    found = (checkpoints.load_best() if which == "best" else None) or checkpoints.load_newest()
+    if found is None:
         raise RunError(f"{path}: no checkpoint yet; let the run reach its first one")
     model = GPT(config.model)
-    model.load_state_dict(newest[1]["model"])
-    return LoadedRun(path, model.to(pick_device(device)).eval(), tokenizer, config, newest[0])
+    model.load_state_dict(found[1]["model"])
+    return LoadedRun(path, model.to(pick_device(device)).eval(), tokenizer, config, found[0])
 
 
 def run_training(
@@ -739,7 +813,6 @@ def run_training(
     options: RunOptions,
     *,
     loss_fn: Callable[[GPT, Tensor, Tensor], Tensor] = plain_loss,
-    make_optimizer: Callable[[GPT, TrainConfig], torch.optim.Optimizer] | None = None,
 ) -> LoadedRun | None:
     """Start or resume the run in `options.out` and carry it on to its end, or to the end of this leg.
 
@@ -754,7 +827,7 @@ def run_training(
             if not world.is_main:
                 world.wait()  # the main process fills the caches first
             leg = Leg(config, options, world, device)
-            leg.take_up(loss_fn, make_optimizer or adamw_of)
+            leg.take_up(loss_fn)
             leg.run()
         return load_run(options.out, which="last") if world.is_main else None
     finally:
@@ -776,26 +849,16 @@ def small_run() -> LoadedRun:
     The cache is keyed by its configuration and by gptlib's sources, so it can never be out of date.
     """
     config = dataclasses.replace(PRESETS["demo"], steps=450, eval_interval=225)
-    sources = (
-        "tinywiki",
-        "tokenizer",
-        "batches",
-        "attention",
-        "multi_head",
-        "block",
-        "gpt",
-        "objective",
-        "training",
-    )
     digest = hashlib.sha256(repr(config).encode())
-    for name in sources:
-        digest.update(
-            (Path(sys.modules[GPT.__module__].__file__).parent / f"{name}.py").read_bytes()
-        )
+    for source in sorted(Path(sys.modules[GPT.__module__].__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
     out = cache_dir() / "small_runs" / digest.hexdigest()[:16]
     options = RunOptions(out=out, precision="fp32", micro_batch_size=16, progress=False)
-    with contextlib.redirect_stderr(io.StringIO()):
+    with one_at_a_time(out.with_suffix(".lock")), contextlib.redirect_stderr(io.StringIO()):
         return run_training(config, options)
+
+
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED")
 
 
 @contextlib.contextmanager
@@ -803,12 +866,15 @@ def errors_in_one_line():
     """For command lines: what a user can mend ends the program with one line instead of a traceback."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        sys.exit(
-            "gptlib: out of memory; halve --micro-batch-size (the tokens per step stay the same)"
-        )
     except (ValueError, OSError, ImportError, CheckpointError, NonFiniteError) as error:
         sys.exit(f"gptlib: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        sys.exit(
+            "gptlib: out of memory; halve --micro-batch-size (the tokens per step stay the same); "
+            "if it is 1 already, the model or its block_size is too large for this device"
+        )
 
 
 def main() -> None:

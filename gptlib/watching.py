@@ -5,6 +5,7 @@ Tangled from book/chapters/A5_watching.md; change it there, not here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -62,15 +63,23 @@ class RowWriter:
         self.file = Path(path).open("a", encoding="utf-8", newline="\n")
 
     def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        """Raises OSError, with the cure, when the disk is full, for example."""
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(
+                f"{self.file.name} cannot be written ({error.strerror}); the last checkpoint is whole: "
+                "make room and run the same command again"
+            ) from error
 
     def sync(self) -> None:
         """Return when the rows are on the disk."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # a row that could not be written has been reported
+            self.file.close()
 
 
 # The curves
@@ -108,7 +117,7 @@ def status_line(run: Path) -> str:
         parts.append(f"loss {losses[-1]['loss']:.3f}")
     if evals:
         parts.append(f"validation {evals[-1]['validation_loss']:.3f}")
-    if times:
+    if times and losses:
         parts.append(f"{times[-1]['tokens_per_second']:,.0f} tokens/s")
         left = (plan["steps"] - losses[-1]["step"]) * times[-1]["seconds_per_step"]
         parts.append(f"{left / 3600:.1f} h left")
@@ -158,10 +167,10 @@ class NoLogger:
 class TensorBoardLogger:
     """Rows as TensorBoard scalars in RUN/tensorboard."""
 
-    def __init__(self, run: Path, config: dict):
+    def __init__(self, run: Path, config: dict, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(Path(run) / "tensorboard"))
+        self.writer = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=step + 1)
         self.writer.add_text("config", json.dumps(config, indent=1))
 
     def log(self, row: dict, step: int) -> None:
@@ -176,12 +185,14 @@ class TensorBoardLogger:
 class WandbLogger:
     """Rows to Weights & Biases; WANDB_MODE=offline keeps them in RUN/wandb."""
 
-    def __init__(self, run: Path, config: dict):
+    def __init__(self, run: Path, config: dict, step: int):
         import wandb
 
-        self.run = wandb.init(
-            project="gptlib", name=Path(run).name, dir=str(run), config=config, resume="allow"
-        )
+        own = Path(run) / "wandb-id"  # the legs of a run are one run there too
+        if not own.exists():
+            write_text(own, os.urandom(8).hex())
+        options = {"id": own.read_text(), "name": Path(run).name, "resume": "allow"}
+        self.run = wandb.init(project="gptlib", dir=str(run), config=config, **options)
 
     def log(self, row: dict, step: int) -> None:
         self.run.log({key: value for key, value in row.items() if key != "step"}, step=step)
@@ -191,18 +202,18 @@ class WandbLogger:
 
 
 LOGGERS = {
-    "none": lambda run, config: NoLogger(),
+    "none": lambda run, config, step: NoLogger(),
     "tensorboard": TensorBoardLogger,
     "wandb": WandbLogger,
 }
 
 
-def make_logger(name: str, run: Path, config: dict):
-    """A logger by name. Raises ValueError for an unknown name, ImportError naming what to install."""
+def make_logger(name: str, run: Path, config: dict, step: int = 0):
+    """A logger by name, for a leg that begins after `step`. Raises ValueError for an unknown name, ImportError naming what to install."""
     if name not in LOGGERS:
         raise ValueError(f"unknown logger {name!r}; there are {', '.join(LOGGERS)}")
     try:
-        return LOGGERS[name](run, config)
+        return LOGGERS[name](run, config, step)
     except ImportError:
         raise ImportError(
             f"--log {name} needs its package; install it with: pip install {name}"

@@ -261,6 +261,55 @@ def test_messages_are_one_line(folder):
     assert "\n" not in str(caught.value)
 
 
+TWO = """
+import sys, time
+from gptlib import batches
+from gptlib.tokenizer import Tokenizer
+
+write = batches.write_split
+
+
+def slow(*arguments):
+    print("tokenising", flush=True)
+    time.sleep(0.5)
+    return write(*arguments)
+
+
+batches.write_split = slow
+tokens = batches.load_tokens(sys.argv[1], Tokenizer.load(sys.argv[2]))
+print(len(tokens.split("train")))
+"""
+
+
+def test_two_processes_tokenise_a_corpus_once(tmp_path, tokenizer):
+    (tmp_path / "text.txt").write_text("".join(some_texts(300)))
+    tokenizer.save(tmp_path / "tokenizer.json")
+    leftover = tmp_path / "runs" / "cache" / "tokens"
+    arguments = [
+        sys.executable,
+        "-c",
+        TWO,
+        str(tmp_path / "text.txt"),
+        str(tmp_path / "tokenizer.json"),
+    ]
+    env = os.environ | {"GPTLIB_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(
+            arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    lines = [out.split() for out, _ in said]
+    assert lines[0][-1] == lines[1][-1] and sorted(map(len, lines)) == [1, 4], "three splits, once"
+    (made,) = [path for path in leftover.iterdir() if path.is_dir()]
+    shutil.rmtree(made)
+    (made.parent / f"{made.name}.12345").mkdir()  # what a killed writer leaves
+    subprocess.run(arguments, env=env, check=True, capture_output=True, timeout=120)
+    assert [path for path in leftover.iterdir() if path.is_dir()] == [made]
+
+
 def test_load_tokens_makes_once_and_again_when_the_text_changes(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setenv("GPTLIB_RUNS", str(tmp_path / "runs"))
     path = tmp_path / "text.txt"

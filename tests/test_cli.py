@@ -168,5 +168,28 @@ def test_altered_token_file(place):
         path.write_bytes(good)
 
 
+def test_plan_writes_nothing_and_tells_time_and_memory(place):
+    before = sorted(place.rglob("*"))
+    done = pretrain(place, "--plan", "--out", "planned")
+    assert done.returncode == 0, done.stderr
+    for part in ("device", "memory", "GB measured", "tokens/s", "whole run", "minutes"):
+        assert part in done.stdout
+    assert sorted(place.rglob("*")) == before
+
+
+def test_settings_are_checked_before_anything_is_read(place):
+    for option in ("--log", "--precision"):
+        done = pretrain(place, "--out", "typo", option, "typo")
+        assert done.returncode and "unknown" in done.stderr and "'typo'" in done.stderr
+    assert not (place / "typo").exists()
+
+
+def test_evaluation_makes_the_folder_of_its_result(place):
+    out = "results/new/one.json"
+    done = command(place, "evaluation", "--run", "run", "--corpus", "text.txt", "--out", out)
+    assert done.returncode == 0 and (place / out).exists(), done.stderr
+    assert "one document, no interval" in done.stdout
+
+
 def test_watch_needs_a_run(place):
     one_line(command(place, "training", "watch", "missing"), "missing")

@@ -25,13 +25,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptlib import checkpoints as checkpoints_module
-from gptlib import training
+from gptlib import speed, training
 from gptlib.checkpoints import CheckpointError, Checkpoints, RunLock
 from gptlib.devices import Precision
 from gptlib.gpt import GPTConfig
 from gptlib.tokenizer import Tokenizer, train_bpe
 from gptlib.training import NonFiniteError, RunError, RunOptions, TrainConfig, run_training
+from gptlib.training import errors_in_one_line as one_line
 from gptlib.watching import read_rows
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and processes")
@@ -44,6 +44,7 @@ def config(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     home = tmp_path_factory.mktemp("engine")
+    before = os.environ.get("GPTLIB_RUNS")  # child processes read it, so it is set for the session
     os.environ["GPTLIB_RUNS"] = str(home / "runs")
     words = random.Random(0)
     lines = [
@@ -66,6 +67,9 @@ def config(tmp_path_factory):
         eval_sequences=10,
     )
     torch.set_num_threads(threads)
+    os.environ.pop("GPTLIB_RUNS")
+    if before is not None:
+        os.environ["GPTLIB_RUNS"] = before
 
 
 def without_dropout(config: TrainConfig, **changes) -> TrainConfig:
@@ -123,6 +127,13 @@ def wait_for_rows(process, out: Path, n: int) -> None:
     while process.is_alive() and len(rows(out)) < n:
         assert time.monotonic() < end, f"no {n} rows within a minute"
         time.sleep(0.005)
+
+
+def wait_for_rows_of(process: subprocess.Popen, out: Path, n: int) -> None:
+    end = time.monotonic() + 90
+    while len(rows(out)) < n:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
 
 
 def last_state(out: Path) -> dict:
@@ -185,12 +196,36 @@ def test_twenty_kills_leave_no_trace(config, tmp_path):
     assert not list(killed.rglob("*.tmp-*")), "a kill left temporary files that nobody removed"
 
 
-def test_resuming_with_dropout_is_exact(config, tmp_path):
+FAST = {"optimizer": "muon", "zero_projections": True, "cooldown_fraction": 0.5}
+
+
+@pytest.mark.parametrize("changes", [{}, FAST])
+def test_resuming_with_dropout_is_exact(config, tmp_path, changes):
+    config = dataclasses.replace(config, **changes)
     run_training(config, options(tmp_path / "straight"))
     for _ in range(3):
         run_training(config, options(tmp_path / "legs", max_steps=9))
     run_training(config, options(tmp_path / "legs"))
     assert_same_run(tmp_path / "straight", tmp_path / "legs")
+
+
+@pytest.mark.slow
+def test_resuming_with_compiled_parts_is_exact_with_the_same_compiler(config, tmp_path, capfd):
+    """In one process or, as here, with the compiled code thrown away and made anew between the legs."""
+    if not speed.compiler_works("cpu"):
+        pytest.skip("no working compiler for torch.compile here")
+    loss = speed.FastLoss(chunked=True, compiled=True)
+    run_training(config, options(tmp_path / "straight"), loss_fn=loss)
+    for limit in (9, None):
+        torch.compiler.reset()
+        run_training(config, options(tmp_path / "legs", max_steps=limit), loss_fn=loss)
+    assert_same_run(tmp_path / "straight", tmp_path / "legs")
+    record = json.loads((tmp_path / "legs" / "run.json").read_text())
+    assert record["machine"]["loss"] == "FastLoss(chunked=True, compiled=True)"
+    plain = speed.FastLoss(chunked=True, compiled=False)
+    run_training(config, options(tmp_path / "other", max_steps=2), loss_fn=loss)
+    run_training(config, options(tmp_path / "other", max_steps=2), loss_fn=plain)
+    assert "not bit for bit the same run" in capfd.readouterr().err
 
 
 def test_resuming_with_a_scaler_is_exact(config, tmp_path, monkeypatch):
@@ -305,6 +340,36 @@ def test_a_second_signal_leaves_at_once(config, tmp_path):
     assert process.exitcode == -signal.SIGTERM
 
 
+@posix
+def test_nobody_left_to_read_is_no_reason_to_lose_steps(config, tmp_path):
+    """Ctrl-C in `... 2>&1 | tee log` ends tee as well: what is said then must not end the run unsaved."""
+
+    program = tmp_path / "p"
+    config = dataclasses.replace(config, steps=20_000, eval_interval=20_000)
+    process = start(program, config, tmp_path / "run", 1, save_minutes=60, progress=True)
+    wait_for_rows_of(process, tmp_path / "run", 3)
+    process.stderr.close()  # from here on every write to it raises BrokenPipeError
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    assert last_state(tmp_path / "run")["step"] == rows(tmp_path / "run")[-1]["step"] >= 3
+
+
+def test_running_out_of_memory_is_one_line_with_the_cure(config, tmp_path):
+    for error in (
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+    ):
+
+        def loss_fn(model, x, y, error=error):
+            raise error
+
+        with pytest.raises(SystemExit, match="halve --micro-batch-size"), one_line():
+            run_training(config, options(tmp_path / "run"), loss_fn=loss_fn)
+    with pytest.raises(RuntimeError, match="shapes"), one_line():
+        raise RuntimeError("shapes do not fit")  # a mistake of ours keeps its traceback
+
+
 def test_limits_end_a_leg(config, tmp_path):
     assert run_training(config, options(tmp_path / "steps", max_steps=5)).step == 5
     assert run_training(config, options(tmp_path / "steps", max_steps=5)).step == 10
@@ -411,18 +476,24 @@ def half_written(state, file) -> None:
     raise RuntimeError("unexpected pos 64 vs 0")
 
 
-@pytest.mark.parametrize("stage", ["os.fsync", "os.replace", "torch.save"])
-@pytest.mark.parametrize("nth", [1, 2, 3])
-def test_failure_at_every_stage_of_a_save(tmp_path, monkeypatch, stage, nth):
+STAGES = [
+    ("os.fsync", n, n >= 4) for n in range(1, 7)
+]  # data, its folder, hash, folder, best, folder
+STAGES += [("os.replace", n, n >= 3) for n in range(1, 4)] + [("torch.save", 1, False)]
+
+
+@pytest.mark.parametrize(("stage", "nth", "whole"), STAGES)
+def test_failure_at_every_stage_of_a_save(tmp_path, monkeypatch, stage, nth, whole):
+    """whole: data and hash were in place when it failed, so that step 2 may count."""
     saved = Checkpoints(tmp_path, keep=2)
-    saved.save(1, {"step": 1})
+    saved.save(1, {"step": 1}, best=1)
     calls, real = (
         iter(range(1, 100)),
         getattr(eval(stage.partition(".")[0]), stage.partition(".")[2]),
     )
 
     def failing(*arguments):
-        if next(calls) != (1 if stage == "torch.save" else nth):
+        if next(calls) != nth:
             return real(*arguments)
         if stage == "torch.save":
             half_written(*arguments)
@@ -430,19 +501,14 @@ def test_failure_at_every_stage_of_a_save(tmp_path, monkeypatch, stage, nth):
 
     with monkeypatch.context() as patch:
         patch.setattr(stage, failing)
-        if stage == "os.replace" and nth == 3:
-            saved.save(2, {"step": 2})  # without `best` there are only two renames
-        else:
-            with pytest.raises(
-                CheckpointError,
-                match=r"step 2 could not be saved .* the checkpoints before it are whole",
-            ):
-                saved.save(2, {"step": 2})
+        expected = r"step 2 could not be saved .* the checkpoints before it are whole"
+        with pytest.raises(CheckpointError, match=expected):
+            saved.save(2, {"step": 2}, best=2)
     step, state = saved.load_newest()
-    assert step == state["step"] and step in (1, 2)
+    assert step == state["step"] == (2 if whole else 1)
     assert not list(tmp_path.glob("*.tmp-*")), "a failed write left its temporary file"
-    saved.save(3, {"step": 3})
-    assert saved.load_newest()[0] == 3
+    saved.save(3, {"step": 3}, best=3)
+    assert saved.load_newest()[0] == saved.best() == 3
 
 
 def damage(path: Path, how: str) -> None:
@@ -498,6 +564,30 @@ def test_damaged_newer_checkpoints_do_not_push_out_good_ones(tmp_path):
     assert saved.steps() == [82, 83]
 
 
+def test_a_damaged_checkpoint_is_not_counted_among_those_kept(tmp_path):
+    saved = Checkpoints(tmp_path, keep=2, say=lambda text: None)
+    for step in (80, 90):
+        saved.save(step, {"step": step})
+    damage(saved.path(90), "flipped")
+    assert saved.load_newest()[0] == 80
+    saved.save(100, {"step": 100})
+    damage(saved.path(100), "flipped")
+    assert saved.load_newest()[0] == 80, "the damaged 90 pushed out the whole 80"
+
+
+@pytest.mark.parametrize("how", ["flipped", "empty"])
+def test_a_damaged_best_checkpoint_gives_way_to_the_newest(config, tmp_path, how, capfd):
+    out = tmp_path / "run"
+    run_training(config, options(out, max_steps=12))
+    saved = Checkpoints(out / "checkpoints")
+    saved.save(13, last_state(out) | {"step": 13}, best=10)
+    damage(saved.path(10), how)
+    assert training.load_run(out).step == 13
+    assert "it was the best one, taking the newest" in capfd.readouterr().err
+    (out / "checkpoints" / "best").write_text("")
+    assert training.load_run(out).step == 13
+
+
 def test_the_last_and_the_best_are_kept(config, tmp_path):
     run_training(config, options(tmp_path / "run", save_minutes=0, keep=3))
     saved = Checkpoints(tmp_path / "run" / "checkpoints")
@@ -550,6 +640,20 @@ def test_a_full_disk_ends_the_run_with_the_older_checkpoint_whole(config, tmp_pa
     assert_same_run(tmp_path / "straight", out)
 
 
+def test_a_full_disk_between_checkpoints_is_named_with_the_cure(config, tmp_path):
+    """Rows are written at every step, so they are what meets a full disk first."""
+    out = tmp_path / "run"
+    run_training(config, options(out, max_steps=2))
+    process = child(leg, config, options(out, save_minutes=60), 0.0, 700)
+    process.join(60)
+    said = said_by_children(out)
+    assert process.exitcode == 1 and "Traceback" not in said
+    assert "s.jsonl cannot be written (File too large)" in said and "make room" in said
+    run_training(config, options(out))
+    run_training(config, options(tmp_path / "straight"))
+    assert_same_run(tmp_path / "straight", out)
+
+
 # Numbers that go wrong
 
 
@@ -578,7 +682,7 @@ def test_skipped_fp16_steps_are_counted_and_limited(config):
     _, _, batches, _ = training.open_data(config, progress=False)
     model = training.GPT(config.model)
     scaler = torch.amp.GradScaler("cpu", enabled=True)
-    state = training.TrainState(model, training.adamw_of(model, config), scaler)
+    state = training.TrainState(model, training.optimizer_of(model, config), scaler)
     for _ in range(training.MAX_SKIPPED_IN_A_ROW):
         row = {"loss": 2.0, "grad_norm": math.inf}
         training.check_finite(state, row, batches)
@@ -616,8 +720,28 @@ def loss_fn(model, x, y):
     return training.plain_loss(model, x, y)
 
 
+# count the exchanges of gradients: the last bucket of each comes by once
+wrap, exchanges = training.World.wrap, []
+
+
+def counting(world, module):
+    module = wrap(world, module)
+
+    def hook(state, bucket):
+        exchanges.append(bucket.is_last())
+        work = torch.distributed.all_reduce(bucket.buffer().div_(world.size), async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    if world.size > 1:
+        module.register_comm_hook(None, hook)
+    return module
+
+
+training.World.wrap = counting
 with training.errors_in_one_line():
     training.run_training(config, options, loss_fn=loss_fn)
+if os.environ.get("RANK") == "0":
+    Path("exchanges").write_text(str(sum(exchanges)))
 """
 
 
@@ -658,6 +782,7 @@ def test_two_processes_equal_one_and_resume_as_one(config, tmp_path):
     config = without_dropout(config, steps=20)
     finish(start(tmp_path / "p", config, tmp_path / "one", 1))
     finish(start(tmp_path / "p", config, tmp_path / "two", 2))
+    assert int((tmp_path / "p" / "exchanges").read_text()) == 20, "one exchange of gradients a step"
     finish(start(tmp_path / "p", config, tmp_path / "both", 2, max_steps=10))
     assert last_state(tmp_path / "both")["step"] == 10
     said = finish(start(tmp_path / "p", config, tmp_path / "both", 1))
@@ -686,10 +811,7 @@ def test_a_worker_that_dies_stops_the_others(config, tmp_path):
 def test_sigterm_to_torchrun_saves_and_stops_all(config, tmp_path):
     config = dataclasses.replace(config, steps=20_000, eval_interval=20_000)
     process = start(tmp_path / "p", config, tmp_path / "run", 2, save_minutes=60)
-    end = time.monotonic() + 90
-    while len(rows(tmp_path / "run")) < 3:
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
+    wait_for_rows_of(process, tmp_path / "run", 3)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
     state = last_state(tmp_path / "run")
@@ -697,5 +819,20 @@ def test_sigterm_to_torchrun_saves_and_stops_all(config, tmp_path):
     assert f"stopped at step {state['step']} of 20000" in said
 
 
-def test_checkpoints_module_is_what_the_engine_uses():
-    assert training.Checkpoints is checkpoints_module.Checkpoints
+# Watching by others
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_dashboard_changes_no_step_and_survives_a_second_leg(config, tmp_path, name, monkeypatch):
+    pytest.importorskip(name, reason=f"{name} is not installed; it is an extra")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = dataclasses.replace(config, steps=10)
+    run_training(config, options(tmp_path / "none"))
+    run_training(config, options(tmp_path / "run", log=name, max_steps=6))
+    identity = tmp_path / "run" / "wandb-id"
+    before = identity.read_text() if name == "wandb" else None
+    run_training(config, options(tmp_path / "run", log=name))
+    assert_same_run(tmp_path / "none", tmp_path / "run")
+    assert any((tmp_path / "run" / name).rglob("*"))
+    assert name != "wandb" or identity.read_text() == before, "the legs are two runs there"

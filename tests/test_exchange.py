@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import dataclasses
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -465,16 +466,27 @@ def test_command_line_errors_are_one_line(tmp_path, arguments, message):
 
 
 def test_lm_evaluation_harness_agrees(tmp_path):
+    """A local word-perplexity task, run by the harness on the exported folder and by us on the run."""
     pytest.importorskip(
-        "lm_eval", reason="lm-evaluation-harness is not installed (pip install lm-eval)"
+        "lm_eval", reason="lm-evaluation-harness is not installed (pip install 'lm-eval[hf]')"
     )
-    from lm_eval.api.instance import Instance
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    run = run_of(tmp_path / "run")
-    folder = export_run(run, tmp_path / "hf")
-    theirs = HFLM(pretrained=str(folder), device="cpu", batch_size=1)
-    request = Instance("loglikelihood_rolling", {}, (TEXT,), 0)
-    (found,) = theirs.loglikelihood_rolling([request])
-    ids = np.array([TOKENIZER.end_of_text, *TOKENIZER.encode(TEXT)])
-    assert -found == pytest.approx(token_losses(run.model, ids).sum(), rel=0.005)
+    run = run_of(tmp_path / "run", vocab_size=TOKENIZER.n_vocab)  # padding would take a share
+    pages = [" ".join(random.Random(i).choices(TEXT.split(), k=20 + 30 * i)) for i in range(6)]
+    lines = "".join(json.dumps({"page": page}) + "\n" for page in pages)
+    (tmp_path / "pages.jsonl").write_text(lines)
+    task = {
+        "task": "pages", "dataset_path": "json", "output_type": "loglikelihood_rolling",
+        "dataset_kwargs": {"data_files": {"validation": str(tmp_path / "pages.jsonl")}},
+        "validation_split": "validation", "doc_to_text": "", "doc_to_target": "{{page}}",
+        "metric_list": [{"metric": name} for name in ("word_perplexity", "bits_per_byte")],
+    }  # fmt: skip
+    theirs = HFLM(pretrained=str(export_run(run, tmp_path / "hf")), device="cpu", batch_size=1)
+    found = lm_eval.simple_evaluate(theirs, tasks=[task], bootstrap_iters=0)["results"]["pages"]
+    rows = [np.array([TOKENIZER.end_of_text, *TOKENIZER.encode(page)]) for page in pages]
+    nats = sum(token_losses(run.model, ids).sum() for ids in rows)  # each page after its own mark
+    words, size = sum(len(page.split()) for page in pages), sum(map(len, pages))
+    assert found["word_perplexity,none"] == pytest.approx(math.exp(nats / words), rel=0.005)
+    assert found["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / size, rel=0.005)

@@ -12,6 +12,7 @@ from gptlib.gpt import GPT, GPTConfig
 from gptlib.sampling import generate
 from gptlib.speed import (
     ChunkedCrossEntropy,
+    FastLoss,
     SpeedOptions,
     chunked_loss,
     fast_head,
@@ -119,7 +120,7 @@ def test_no_grad_is_equal_and_leaves_no_graph(model, batch):
 def test_extreme_logits_stay_finite():
     for fuse in (False, None):
         logits = torch.tensor([[1e4, 0.0, -1e4], [88.0, 89.0, 90.0]])
-        loss = pick_to_gradient("cpu", fuse)(logits, torch.tensor([0, 2]), 1.0)
+        loss = pick_to_gradient("cpu", fuse)(logits, torch.tensor([0, 2]))
         assert torch.isfinite(loss) and torch.isfinite(logits).all()
         assert torch.allclose(logits.sum(-1), torch.zeros(2), atol=1e-6)
 
@@ -127,10 +128,10 @@ def test_extreme_logits_stay_finite():
 def test_tiles_of_any_size():
     z = torch.randn(19, 50, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(19)
-    loss, grad = softmax_gradient(z, targets, 0.5)
+    loss, grad = softmax_gradient(z, targets)
     for rows in (1, 4, 19, 100):
         buffer = z.clone()
-        assert torch.allclose(tiled_to_gradient(buffer, targets, 0.5, rows=rows), loss)
+        assert torch.allclose(tiled_to_gradient(buffer, targets, rows=rows), loss)
         assert torch.allclose(buffer, grad, atol=1e-6)
 
 
@@ -142,8 +143,38 @@ def test_accumulation_equals_the_large_batch(model, batch):
     assert all(torch.allclose(p.grad, g, atol=1e-5) for p, g in zip(model.parameters(), whole))
 
 
-def test_fast_loss_is_chosen_by_vocabulary():
-    assert fast_loss(50_304) is chunked_loss and fast_loss(2_048) is plain_loss
+@pytest.mark.parametrize("fuse", [False, None])
+def test_fp16_keeps_the_small_probabilities(fuse):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=32, vocab_size=50_304))
+    batch = torch.randint(50_304, (2, 40, 32))
+    _, exact = loss_and_gradients(model, plain_loss, batch)
+    with torch.autocast("cpu", dtype=torch.float16):
+        _, found = loss_and_gradients(model, chunked_loss, batch, rows=512, fuse=fuse)
+    absent = torch.ones(50_304, dtype=torch.bool)
+    absent[batch.flatten()] = False  # tokens that are only pushed down
+    a, b = found[0][absent], exact[0][absent]
+    assert b.norm() > 0 and ((a - b).norm() / b.norm()).item() < 0.05
+
+
+def test_fast_loss_is_chosen_by_vocabulary_and_says_what_it_is():
+    assert fast_loss(50_304) == FastLoss(chunked=True, compiled=False)
+    assert fast_loss(2_048) == FastLoss(chunked=False, compiled=False)
+    assert str(fast_loss(50_304)) == "FastLoss(chunked=True, compiled=False)"
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_compiled_blocks_compute_the_same_and_keep_their_names(batch, chunked):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=203))
+    names = list(model.state_dict())
+    expected, gradients = loss_and_gradients(model, plain_loss, batch)
+    loss, found = loss_and_gradients(model, FastLoss(chunked, compiled=True), batch)
+    assert torch.allclose(loss, expected, atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, gradients))
+    assert list(model.state_dict()) == names, (
+        "the compiled module's names must not reach a checkpoint"
+    )
 
 
 def test_bad_rows(model, batch):
