@@ -63,7 +63,7 @@ class Head(nn.Module):
         return causal_attention(self.query(x), self.key(x), self.value(x))
 
 
-# Causality, proved
+# Causality, tested entry by entry
 
 
 def influence(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -256,7 +256,7 @@ class TokenFile:
         if tokenizer is not None and manifest["tokenizer_hash"] != tokenizer.hash:
             raise TokenFileError(
                 f"{folder}: its ids are of tokenizer {manifest['tokenizer']!r}, not of this {tokenizer.name!r} "
-                f"({manifest['tokenizer_hash'][:8]} is not {tokenizer.hash[:8]}); tokenise the corpus again"
+                f"({manifest['tokenizer_hash'][:8]} is not {tokenizer.hash[:8]}); tokenize the corpus again"
             )
         return cls(folder, manifest)
 

@@ -81,7 +81,7 @@ def join_world(device: torch.device) -> tuple[World, torch.device]:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, timeout=timedelta(hours=6)
-        )  # the first one tokenises meanwhile
+        )  # the first one tokenizes meanwhile
     return world, device
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from gptlib.training import LoadedRun, errors_in_one_line, load_run
 __all__ = [
     "check_sampling",
     "next_token_probs",
+    "draw",
     "LayerCache",
     "KVCache",
     "window_start",
@@ -82,6 +83,22 @@ def next_token_probs(
         kept = kept.masked_fill(before >= top_p, 0.0)
         kept = kept / kept.sum(-1, keepdim=True)
     return torch.zeros_like(logits).scatter(-1, ids, kept)
+
+
+# One number is enough
+
+
+def draw(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """(B, V) probabilities -> (B, 1) ids, each found by one uniform number; a zero is never drawn."""
+    if probs.device.type == "mps":
+        return torch.multinomial(probs, 1, generator=generator)
+    ends = probs.double().cumsum(-1)  # (B, V): where each token's piece ends
+    darts = torch.rand(len(probs), 1, generator=generator, dtype=torch.float64, device=probs.device)
+    ids = torch.searchsorted(ends, darts * ends[:, -1:], right=True)
+    last = torch.searchsorted(
+        ends, ends[:, -1:].contiguous()
+    )  # should rounding ever put the dart on the very end
+    return torch.minimum(ids, last)
 
 
 # The cache
@@ -146,12 +163,10 @@ def stream(
     n_vocab: int | None = None,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
-    head: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Yield one (B,) int64 tensor of new tokens after another; arguments as in `generate`."""
     check_sampling(temperature, top_k, top_p)
     check_tokens(tokens, model.config.vocab_size)
-    head = head or model.head
     block_size, cache, start = model.config.block_size, None, -1
     for _ in range(max_new_tokens):
         moved = window_start(tokens.shape[1], block_size) != start
@@ -161,11 +176,11 @@ def stream(
             x = model.hidden(tokens[:, start:], cache)  # (B, T, C)
         else:
             x = model.hidden(tokens[:, -1:], cache)  # (B, 1, C)
-        logits = head(x[:, -1])  # (B, V): the last position has read all the others
+        logits = model.head(x[:, -1])  # (B, V): the last position has read all the others
         probs = next_token_probs(
             logits, temperature=temperature, top_k=top_k, top_p=top_p, n_vocab=n_vocab
         )
-        new = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+        new = draw(probs, generator)  # (B, 1)
         tokens = torch.cat([tokens, new], dim=1)
         yield new[:, 0]
 
@@ -194,18 +209,17 @@ def generate(
     n_vocab: int | None = None,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
-    head: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Continue each row of tokens (B, T) by `max_new_tokens` draws; returns (B, T + max_new_tokens).
 
     top_k=1 is greedy. n_vocab: size of the tokenizer's vocabulary, so that padded ids are never drawn.
-    generator: a seeded `torch.Generator` on the model's device. head: replaces `model.head` by a
-    faster one. Only the last block of a long text is read. Raises ValueError for a temperature <= 0,
-    top_k < 1, top_p outside (0, 1] and ids outside the vocabulary.
+    generator: a seeded `torch.Generator` on the model's device. Only the last block of a long text is
+    read. Raises ValueError for a temperature <= 0, top_k < 1, top_p outside (0, 1] and ids outside the
+    vocabulary.
     """
     draws = stream(
         model, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        n_vocab=n_vocab, generator=generator, use_cache=use_cache, head=head,
+        n_vocab=n_vocab, generator=generator, use_cache=use_cache,
     )  # fmt: skip
     return torch.cat([tokens, *(new[:, None] for new in draws)], dim=1)
 

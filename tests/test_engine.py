@@ -170,7 +170,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 @posix
 @pytest.mark.slow
 def test_twenty_kills_leave_no_trace(config, tmp_path):
-    config = dataclasses.replace(config, steps=100)
+    config = dataclasses.replace(config, steps=300)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     process = child(leg, config, options(straight, save_minutes=0))
     process.join(120)

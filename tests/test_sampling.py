@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gptlib.gpt import GPT, GPTConfig
-from gptlib.sampling import KVCache, generate, next_token_probs, stream, window_start
+from gptlib.sampling import KVCache, draw, generate, next_token_probs, stream, window_start
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +147,22 @@ def test_nothing_global_is_drawn_from_or_changed(model):
     assert not any(p.requires_grad and p.grad is not None for p in model.parameters())
 
 
-def test_head_is_used(model):
-    constant = torch.zeros(64)
-    constant[9] = 100.0
-    drawn = generate(model, prompts(), 4, head=lambda x: constant.expand(len(x), -1))
-    assert (drawn[:, 5:] == 9).all()
+def test_draw_follows_the_probabilities_and_never_takes_a_zero():
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.15, 0.05, 0.0]])
+    n = 20_000
+    counts = draw(probs.expand(n, -1), seeded()).flatten().bincount(minlength=7)
+    kept = probs[0] > 0
+    assert (counts[~kept] == 0).all()
+    expected = n * probs[0, kept]
+    assert ((counts[kept] - expected) ** 2 / expected).sum() < 16.3  # 3 degrees of freedom
+    assert (draw(2 * probs.expand(n, -1), seeded()).flatten().bincount(minlength=7) == counts).all()
+
+
+def test_draw_at_both_ends(monkeypatch):
+    probs = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
+    for dart, token in ((0.0, 1), (0.25, 2), (1 - 2**-53, 2), (1.0, 2)):
+        monkeypatch.setattr(torch, "rand", lambda *a, d=dart, **k: torch.tensor([[d]], dtype=torch.float64))
+        assert draw(probs).item() == token
 
 
 @pytest.mark.parametrize(

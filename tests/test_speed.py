@@ -15,9 +15,9 @@ from gptlib.speed import (
     FastLoss,
     SpeedOptions,
     chunked_loss,
-    fast_head,
     fast_loss,
     pick_to_gradient,
+    sampling_copy,
     softmax_gradient,
     table,
     tiled_to_gradient,
@@ -182,21 +182,42 @@ def test_bad_rows(model, batch):
         chunked_loss(model, *batch, rows=0)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
-def test_fast_head(model):
-    generator = torch.Generator().manual_seed(0)
+def test_sampling_copy(bias):
+    torch.manual_seed(0)
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=203, bias=bias)
+    model = GPT(config).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.normal_()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
     for n in (1, 5):
-        x = torch.randn(n, 32, generator=generator)
-        assert torch.allclose(fast_head(model)(x), model.head(x), atol=1e-5)
-        rounded = fast_head(model, dtype=torch.bfloat16)(x)
-        assert rounded.shape == (n, 203) and rounded.dtype == torch.float32
-        assert torch.allclose(rounded, model.head(x), rtol=0.02, atol=0.01)
-    start = torch.zeros(2, 3, dtype=torch.int64)
-    texts = [
-        generate(model, start, 40, head=head, generator=torch.Generator().manual_seed(1))
-        for head in (None, fast_head(model))
-    ]
-    assert torch.equal(*texts)
+        tokens = torch.randint(203, (n, n), generator=torch.Generator().manual_seed(0))
+        expected = model(tokens)[0]
+        assert torch.allclose(sampling_copy(model)(tokens)[0], expected, atol=1e-5)
+        rounded = sampling_copy(model, dtype=torch.bfloat16)(tokens)[0]
+        assert rounded.shape == expected.shape and rounded.dtype == torch.float32
+        assert torch.allclose(rounded, expected, rtol=0.02, atol=0.05)
+        assert not torch.equal(rounded, expected)
+    for n in (1, 2):
+        texts = [
+            generate(
+                m,
+                torch.zeros(n, 3, dtype=torch.int64),
+                40,
+                generator=torch.Generator().manual_seed(1),
+            )
+            for m in (model, sampling_copy(model))
+        ]
+        assert torch.equal(*texts)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters()), "the model can still be trained"
+
+
+def test_without_a_compiler_the_model_itself_samples(model, monkeypatch):
+    monkeypatch.setattr(speed, "fused_inner_products", lambda: None)
+    assert sampling_copy(model, dtype=torch.bfloat16) is model
 
 
 def test_table_and_options():

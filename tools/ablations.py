@@ -59,6 +59,19 @@ GROUPS = {
         },
         [1, 2, 3],
     ),
+    # once `together` had shown that a third of the tokens is too few: can another rate or batch mend that?
+    "third": (
+        {
+            "a third, rate halved": ALL | {"steps": STEPS // 3, "learning_rate": MUON / 2},
+            "a third, rate doubled": ALL | {"steps": STEPS // 3, "learning_rate": MUON * 2},
+            "a third, a quarter of the batch": ALL | {"batch_size": 4, "steps": 4 * STEPS // 3},
+            "a third, a quarter of the batch, rate halved": ALL
+            | {"batch_size": 4, "steps": 4 * STEPS // 3, "learning_rate": MUON / 2},
+            "a third, half the batch, rate halved": ALL
+            | {"batch_size": 8, "steps": 2 * STEPS // 3, "learning_rate": MUON / 2},
+        },
+        [1, 2, 3],
+    ),
 }
 
 
