@@ -272,8 +272,12 @@ def inner_products(row: Tensor, weight: Tensor) -> Tensor:
 @functools.cache
 def fused_inner_products() -> Callable | None:
     """`inner_products` compiled for the CPU, or None where no compiler works."""
-    compiled = torch.compile(inner_products, dynamic=True)
+    compiled = torch.compile(inner_products, dynamic=False)
     try:
+        limits = (
+            torch._dynamo.config
+        )  # a loop for each shape and type: a model has five shapes, the default limit is 8
+        limits.recompile_limit = max(limits.recompile_limit, 64)
         with torch.no_grad():
             compiled(torch.zeros(16), torch.zeros(32, 16, dtype=torch.bfloat16))
         return compiled
