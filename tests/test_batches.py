@@ -248,7 +248,7 @@ def test_damaged_or_missing_manifest(folder):
 
 def test_other_tokenizer(folder, tokenizer):
     other = Tokenizer.from_merges(train_bpe(some_texts(200, seed=1), 299), "own-300")
-    with pytest.raises(TokenFileError, match="tokenise the corpus again"):
+    with pytest.raises(TokenFileError, match="tokenize the corpus again"):
         TokenFile.open(folder, other)
     renamed = Tokenizer("another name", tokenizer.ranks)
     assert TokenFile.open(folder, renamed).manifest["tokenizer"] == "own-300"
