@@ -177,7 +177,7 @@ PRESETS = {
     ),
     "tinytiny": TrainConfig(),  # Table 1 of the report and its code's schedule
     "tinytiny-fast": TrainConfig(
-        steps=1133,
+        steps=1700,
         optimizer="muon",
         learning_rate=3e-3,
         final_learning_rate=0.0,

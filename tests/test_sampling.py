@@ -161,7 +161,9 @@ def test_draw_follows_the_probabilities_and_never_takes_a_zero():
 def test_draw_at_both_ends(monkeypatch):
     probs = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
     for dart, token in ((0.0, 1), (0.25, 2), (1 - 2**-53, 2), (1.0, 2)):
-        monkeypatch.setattr(torch, "rand", lambda *a, d=dart, **k: torch.tensor([[d]], dtype=torch.float64))
+        monkeypatch.setattr(
+            torch, "rand", lambda *a, d=dart, **k: torch.tensor([[d]], dtype=torch.float64)
+        )
         assert draw(probs).item() == token
 
 
