@@ -2,12 +2,16 @@
 
 corpus         what a language model reads          training       the training loop
 tokenizer      text to numbers and back             sampling       drawing text
-batches        a file of tokens to batches          speed          time and memory
+batches        windows of tokens                    speed          time and memory
 attention      one causal head                      evaluation     what a loss means
 multi_head     several heads in one matmul          exchange       to and from transformers
 block          attention, MLP, residual stream      pretraining    the full run
-gpt            the model                            tinywiki       a corpus of known entropy
-objective      loss, optimiser, schedule            checkpoints, devices, distribution, watching
+gpt            the model                            workshop       what a run of days needs
+objective      loss, optimiser, schedule
 """
 
 __version__ = "0.1.0"
+
+
+class GptlibError(ValueError):
+    """What a user can mend: the message is one line that names the value and the cure."""

@@ -12,10 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["attention_weights", "causal_attention", "Head", "influence"]
-
-# Equation (1), in code
-
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     """Causal attention weights, the softmax of equation (1) of the report.
@@ -30,7 +26,9 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     return scores.masked_fill(~past, float("-inf")).softmax(dim=-1)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0
+) -> Tensor:
     """Weighted average of the values of the past: `attention_weights(q, k) @ v`, by the fused kernel.
 
     q: (..., T, d), k: (..., S, d), v: (..., S, d) with S >= T. Returns (..., T, d). dropout: the
@@ -38,13 +36,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0) -
     """
     T, S = q.shape[-2], k.shape[-2]
     if T == S:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True
+        )
     # is_causal counts from the first key, a cache needs it counted from the last: give the mask
     past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=past, dropout_p=dropout)
-
-
-# One head
 
 
 class Head(nn.Module):
@@ -61,9 +58,6 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return causal_attention(self.query(x), self.key(x), self.value(x))
-
-
-# Causality, tested entry by entry
 
 
 def influence(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -19,29 +19,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import gptlib.tinywiki
-from gptlib.checkpoints import one_at_a_time
+import gptlib.workshop.tinywiki
 from gptlib.corpus import Corpus, Piece, cache_dir, load_corpus
 from gptlib.tokenizer import Tokenizer
-
-__all__ = [
-    "crops",
-    "TokenFileError",
-    "SplitWriter",
-    "grouped",
-    "encoded",
-    "write_split",
-    "prepare_tokens",
-    "TokenSplit",
-    "TokenFile",
-    "corpus_key",
-    "load_tokens",
-    "crop_offsets",
-    "Batches",
-    "to_device",
-]
-
-# One token on
+from gptlib.workshop.checkpoints import one_at_a_time
 
 
 def crops(
@@ -51,9 +32,6 @@ def crops(
     window = np.stack([ids[o : o + block_size + 1] for o in offsets]).astype(np.int64)
     tokens = torch.from_numpy(window)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-# A token in two bytes
 
 
 class TokenFileError(ValueError):
@@ -71,7 +49,10 @@ class SplitWriter:
             raise TokenFileError(
                 f"{tokenizer.n_vocab} ids do not fit in 16 bits; use a vocabulary of at most 65,536"
             )
-        self.file, self.mark = path.open("wb"), np.array([tokenizer.end_of_text], np.uint16)
+        self.file, self.mark = (
+            path.open("wb"),
+            np.array([tokenizer.end_of_text], np.uint16),
+        )
         self.tokens = self.documents = self.lines = self.text_bytes = 0
         self.token_hash, self.text_hash = hashlib.sha256(), hashlib.sha256()
 
@@ -107,9 +88,6 @@ class SplitWriter:
         }
 
 
-# Tokenising with all hands
-
-
 def grouped(pieces: Iterable[Piece], characters: int) -> Iterator[list[Piece]]:
     """Neighbouring pieces together, at least `characters` long, so that short ones cost little each."""
     group, held = [], 0
@@ -139,7 +117,9 @@ def encoded(
 
     def encode(pieces: list[Piece]):
         ids = [tokenizer.encode_array(piece.text) for piece in pieces]
-        return [(p, p.text.encode("utf-8"), i) for p, i in zip(pieces, ids, strict=True)]
+        return [
+            (p, p.text.encode("utf-8"), i) for p, i in zip(pieces, ids, strict=True)
+        ]
 
     waiting: deque = deque()  # (what a thread works on, its characters), oldest first
     held = 0
@@ -156,16 +136,15 @@ def encoded(
             yield from waiting.popleft()[0].result()
 
 
-# The token file
-
-
 def write_split(
     corpus: Corpus, split: str, tokenizer: Tokenizer, path: Path, progress: bool
 ) -> dict:
     """Tokenise one split into a file; returns its record."""
     writer = SplitWriter(path, tokenizer)
     stream = encoded(corpus.pieces(split), tokenizer, threads=os.cpu_count() or 1)
-    with tqdm(unit="B", unit_scale=True, desc=f"tokens of {split}", disable=not progress) as bar:
+    with tqdm(
+        unit="B", unit_scale=True, desc=f"tokens of {split}", disable=not progress
+    ) as bar:
         for piece, text, ids in stream:
             writer.add(piece, text, ids)
             bar.update(len(text))
@@ -194,7 +173,9 @@ def prepare_tokens(
             "n_vocab": tokenizer.n_vocab,
             "end_of_text": tokenizer.end_of_text,
             "splits": {
-                split: write_split(corpus, split, tokenizer, scratch / f"{split}.bin", progress)
+                split: write_split(
+                    corpus, split, tokenizer, scratch / f"{split}.bin", progress
+                )
                 for split in corpus.splits
             },
         }
@@ -209,9 +190,6 @@ def prepare_tokens(
         raise
     shutil.rmtree(replaced, ignore_errors=True)
     return folder
-
-
-# Reading it back
 
 
 @dataclass(frozen=True)
@@ -244,7 +222,9 @@ class TokenFile:
         """Raises TokenFileError if it is not there, or is another tokenizer's."""
         folder = Path(folder)
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = json.loads(
+                (folder / "manifest.json").read_text(encoding="utf-8")
+            )
         except FileNotFoundError:
             raise TokenFileError(
                 f"{folder}: no manifest.json there; make it with prepare_tokens"
@@ -278,14 +258,16 @@ class TokenFile:
                     raise TokenFileError(
                         f"{path}: altered since it was written (SHA-256 differs); delete {self.folder}, it will be made again"
                     )
-        return TokenSplit(np.memmap(path, "<u2", "r"), record, self.manifest["end_of_text"])
+        return TokenSplit(
+            np.memmap(path, "<u2", "r"), record, self.manifest["end_of_text"]
+        )
 
 
 def corpus_key(name: str) -> str:
     """A folder name for a corpus: readable, and different for different files behind one name."""
     seen = [name]
     if name == "tinywiki":  # its text is its program
-        seen.append(Path(gptlib.tinywiki.__file__).read_text(encoding="utf-8"))
+        seen.append(Path(gptlib.workshop.tinywiki.__file__).read_text(encoding="utf-8"))
     for place in (
         Path(name.partition(":")[0]),
         Path(os.environ.get("GPTLIB_DATA", ".")) / name.partition(":")[0],
@@ -298,13 +280,17 @@ def corpus_key(name: str) -> str:
             else []
         )
         if files:
-            seen += [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
+            seen += [
+                f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files
+            ]
             break
     readable = "".join(c if c.isalnum() else "-" for c in Path(name).name)[-40:]
     return f"{readable}-{hashlib.sha256('|'.join(seen).encode()).hexdigest()[:8]}"
 
 
-def load_tokens(corpus: str, tokenizer: Tokenizer, *, progress: bool = False) -> TokenFile:
+def load_tokens(
+    corpus: str, tokenizer: Tokenizer, *, progress: bool = False
+) -> TokenFile:
     """Tokens of a corpus by name, from the cache or made now. Raises CorpusError, TokenFileError."""
     folder = cache_dir() / "tokens" / f"{corpus_key(corpus)}-{tokenizer.hash[:8]}"
     if not (folder / "manifest.json").exists():
@@ -316,11 +302,10 @@ def load_tokens(corpus: str, tokenizer: Tokenizer, *, progress: bool = False) ->
                     folder.name + ".[0-9]*"
                 ):  # of one that was killed
                     shutil.rmtree(leftover)
-                prepare_tokens(load_corpus(corpus), tokenizer, folder, progress=progress)
+                prepare_tokens(
+                    load_corpus(corpus), tokenizer, folder, progress=progress
+                )
     return TokenFile.open(folder, tokenizer)
-
-
-# Why random windows
 
 
 def crop_offsets(seed: int, step: int, n: int, positions: int) -> np.ndarray:
@@ -331,12 +316,13 @@ def crop_offsets(seed: int, step: int, n: int, positions: int) -> np.ndarray:
     for more than 2**32 positions.
     """
     if positions > 2**32:
-        raise ValueError(f"{positions} positions are more than 2**32; split the token file")
+        raise ValueError(
+            f"{positions} positions are more than 2**32; split the token file"
+        )
     bits = np.random.Philox(key=np.array([seed, step], np.uint64)).random_raw(n)
-    return ((bits >> np.uint64(32)) * np.uint64(positions) >> np.uint64(32)).astype(np.int64)
-
-
-# Random crops
+    return ((bits >> np.uint64(32)) * np.uint64(positions) >> np.uint64(32)).astype(
+        np.int64
+    )
 
 
 @dataclass(frozen=True)
@@ -360,13 +346,21 @@ class Batches:
 
     def offsets(self, step: int) -> np.ndarray:
         """Where the crops of a step begin, (batch_size,) int64."""
-        return crop_offsets(self.seed, step, self.batch_size, len(self.ids) - self.block_size)
+        return crop_offsets(
+            self.seed, step, self.batch_size, len(self.ids) - self.block_size
+        )
 
-    def micro_batches(self, step: int, micro_batch_size: int, rank: int = 0, world_size: int = 1):
+    def micro_batches(
+        self, step: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
+    ):
         """The step's crops in groups of `micro_batch_size`, those of this rank: groups rank, rank + world_size, ..."""
         offsets = self.offsets(step)
-        for start in range(rank * micro_batch_size, self.batch_size, world_size * micro_batch_size):
-            yield crops(self.ids, offsets[start : start + micro_batch_size], self.block_size)
+        for start in range(
+            rank * micro_batch_size, self.batch_size, world_size * micro_batch_size
+        ):
+            yield crops(
+                self.ids, offsets[start : start + micro_batch_size], self.block_size
+            )
 
 
 def to_device(pairs, device: torch.device):

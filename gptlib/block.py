@@ -9,9 +9,6 @@ from torch import Tensor, nn
 
 from gptlib.multi_head import CausalSelfAttention
 
-__all__ = ["ACTIVATIONS", "MLP", "Block"]
-
-# The MLP, where two thirds of the weights live
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> PyTorch's `approximate`
 
@@ -23,7 +20,12 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, n_embd: int, *, bias: bool = False, dropout: float = 0.0, activation: str = "gelu"
+        self,
+        n_embd: int,
+        *,
+        bias: bool = False,
+        dropout: float = 0.0,
+        activation: str = "gelu",
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -37,9 +39,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
-
-
-# The form that goes into gptlib
 
 
 class Block(nn.Module):

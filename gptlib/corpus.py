@@ -14,30 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptlib.tinywiki import DEFAULT_BYTES, TinyWiki
-
-__all__ = [
-    "CorpusError",
-    "cache_dir",
-    "Piece",
-    "MAX_PIECE",
-    "TITLE",
-    "documents_of_rows",
-    "Corpus",
-    "text_file",
-    "decode",
-    "HUB",
-    "OFFLINE_HINT",
-    "dataset",
-    "titled",
-    "has_network",
-    "from_hub",
-    "from_folder",
-    "tinywiki",
-    "load_corpus",
-]
-
-# Documents
+from gptlib.workshop.tinywiki import DEFAULT_BYTES, TinyWiki
 
 
 class CorpusError(ValueError):
@@ -64,9 +41,9 @@ class Piece:
     lines: int = 0
 
 
-MAX_PIECE = 1_000_000  # characters; bounds the memory that one piece of a huge document takes
-
-
+MAX_PIECE = (
+    1_000_000  # characters; bounds the memory that one piece of a huge document takes
+)
 TITLE = re.compile(r" = [^=\s](?:.*[^=\s])? = \n")
 
 
@@ -94,15 +71,14 @@ def documents_of_rows(rows: Iterator[str]) -> Iterator[Piece]:
         yield Piece("".join(article), lines=len(article))
 
 
-# A corpus, whatever its source
-
-
 class Corpus:
     """Named text in splits. `pieces(split)` streams it; nothing is held in memory whole."""
 
     def __init__(self, name: str, splits: dict[str, object]):
         self.name = name
-        self._readers = splits  # split -> function that returns a fresh iterator of pieces
+        self._readers = (
+            splits  # split -> function that returns a fresh iterator of pieces
+        )
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -156,7 +132,8 @@ def text_file(path: Path) -> Corpus:
 
     names = ("train", "validation", "test")
     return Corpus(
-        str(path), {n: reader(a, b) for n, a, b in zip(names, cuts[:-1], cuts[1:], strict=True)}
+        str(path),
+        {n: reader(a, b) for n, a, b in zip(names, cuts[:-1], cuts[1:], strict=True)},
     )
 
 
@@ -176,8 +153,6 @@ HUB = {
     "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
 }
-
-
 OFFLINE_HINT = "the corpus `tinywiki` needs no network"
 
 
@@ -200,7 +175,9 @@ def dataset(name: str, source: str, config: str | None, **options) -> Corpus:
                 )
             if "title" in split.column_names:
                 return titled(split)
-            return documents_of_rows(row for batch in split.iter(1000) for row in batch["text"])
+            return documents_of_rows(
+                row for batch in split.iter(1000) for row in batch["text"]
+            )
 
         return pieces
 
@@ -223,7 +200,8 @@ def titled(split) -> Iterator[Piece]:
 def has_network(host: str = "huggingface.co", timeout: float = 2.0) -> bool:
     """Whether the hub can be reached; behind a proxy only the proxy knows, so that counts as yes."""
     if any(
-        os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+        os.environ.get(name)
+        for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
     ):
         return True
     try:
@@ -255,12 +233,14 @@ def from_hub(name: str) -> Corpus:
 def from_folder(name: str, folder: Path, config: str | None) -> Corpus:
     """A local dataset folder in the hub's layout. Its cache is keyed by file sizes and times."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    listing = [[str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    listing = [
+        [str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns]
+        for p in files
+    ]
     key = hashlib.sha256(json.dumps([config, listing]).encode()).hexdigest()[:16]
-    return dataset(name, str(folder), config, cache_dir=str(cache_dir() / "datasets" / key))
-
-
-# One function for all of them
+    return dataset(
+        name, str(folder), config, cache_dir=str(cache_dir() / "datasets" / key)
+    )
 
 
 def tinywiki(seed: int = 0) -> Corpus:
@@ -269,7 +249,8 @@ def tinywiki(seed: int = 0) -> Corpus:
 
     def reader(split):
         return lambda: (
-            Piece(article.text, lines=article.text.count("\n")) for article in wiki.articles(split)
+            Piece(article.text, lines=article.text.count("\n"))
+            for article in wiki.articles(split)
         )
 
     return Corpus("tinywiki", {split: reader(split) for split in DEFAULT_BYTES})

@@ -21,38 +21,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from gptlib.batches import TokenSplit, load_tokens
-from gptlib.checkpoints import write_text
 from gptlib.corpus import load_corpus
 from gptlib.gpt import GPT
 from gptlib.objective import bits_per_byte, perplexity
 from gptlib.sampling import generate
-from gptlib.tinywiki import Probe, TinyWiki
 from gptlib.tokenizer import Tokenizer
 from gptlib.training import LoadedRun, errors_in_one_line, load_run
-
-__all__ = [
-    "windows",
-    "window_rows",
-    "token_losses",
-    "protocol",
-    "Evaluation",
-    "evaluate",
-    "by_document",
-    "tinywiki_floor",
-    "continuation_log_probs",
-    "names_drawn",
-    "names_anywhere",
-    "ProbeResult",
-    "run_probes",
-    "most_probable",
-    "read_evaluation",
-    "EvaluationOptions",
-    "evaluate_run",
-    "probe_run",
-    "main",
-]
-
-# Every token once
+from gptlib.workshop.checkpoints import write_text
+from gptlib.workshop.tinywiki import Probe, TinyWiki
 
 
 def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -63,7 +39,9 @@ def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int
     target has at least context - stride tokens before it (the first window's excepted).
     """
     if not 1 <= stride <= context:
-        raise ValueError(f"stride is {stride}; it must be between 1 and the context of {context}")
+        raise ValueError(
+            f"stride is {stride}; it must be between 1 and the context of {context}"
+        )
     scored = 1  # the first token has nothing before it
     start = 0
     while scored < n_tokens:
@@ -72,7 +50,9 @@ def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int
         scored, start = stop + 1, start + stride
 
 
-def window_rows(ids: np.ndarray, spans: Sequence[tuple[int, int, int]], context: int) -> Tensor:
+def window_rows(
+    ids: np.ndarray, spans: Sequence[tuple[int, int, int]], context: int
+) -> Tensor:
     """Inputs and last target of each window as (B, context + 1) int64; a short one is filled with zeros."""
     rows = np.zeros((len(spans), context + 1), np.int64)
     for row, (start, stop, _) in zip(rows, spans, strict=True):
@@ -98,12 +78,16 @@ def token_losses(
     """
     context, stride = protocol(model, context, stride)
     if len(ids) < 1 or batch_size < 1:
-        raise ValueError(f"{len(ids)} tokens in batches of {batch_size}; both must be at least 1")
+        raise ValueError(
+            f"{len(ids)} tokens in batches of {batch_size}; both must be at least 1"
+        )
     spans = list(windows(len(ids), context, stride))
     losses = np.full(len(ids) - 1, np.nan)  # NaN: what is not scored below will show
     was_training = model.training
     model.eval()
-    with tqdm(total=len(losses), unit="token", unit_scale=True, disable=not progress) as bar:
+    with tqdm(
+        total=len(losses), unit="token", unit_scale=True, disable=not progress
+    ) as bar:
         for first in range(0, len(spans), batch_size):
             group = spans[first : first + batch_size]
             tokens = window_rows(ids, group, context).to(model.device)  # (B, T + 1)
@@ -129,9 +113,6 @@ def protocol(model: GPT, context: int | None, stride: int | None) -> tuple[int, 
     return context, context if stride is None else stride
 
 
-# The protocol, and one result in every unit
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """Losses of a split by document, and every unit that follows from them.
@@ -149,8 +130,12 @@ class Evaluation:
     tokens: tuple[int, ...]  # scored in each document
     text_bytes: int
     words: int  # separated by white space, and one line end per line
-    floor: float | None = None  # TinyWiki's entropy in nats per token, where it is known
-    blocks: tuple[float, ...] = ()  # mean loss of each stretch of `context` tokens, for crop errors
+    floor: float | None = (
+        None  # TinyWiki's entropy in nats per token, where it is known
+    )
+    blocks: tuple[
+        float, ...
+    ] = ()  # mean loss of each stretch of `context` tokens, for crop errors
 
     @property
     def nats_per_token(self) -> float:
@@ -234,7 +219,12 @@ def evaluate(
             f"{corpus}, split {name}: no text in it; choose another split, or more documents"
         )
     losses = token_losses(
-        model, ids, context=context, stride=stride, batch_size=batch_size, progress=progress
+        model,
+        ids,
+        context=context,
+        stride=stride,
+        batch_size=batch_size,
+        progress=progress,
     )
     if not np.isfinite(losses).all():
         raise ValueError(
@@ -253,11 +243,15 @@ def evaluate(
     )  # fmt: skip
 
 
-def by_document(losses: np.ndarray, ids: np.ndarray, marks: np.ndarray, tokenizer: Tokenizer):
+def by_document(
+    losses: np.ndarray, ids: np.ndarray, marks: np.ndarray, tokenizer: Tokenizer
+):
     """Nats, tokens and bytes of the text of each document between the marks, as three tuples."""
     nats, tokens, texts = [], [], []
     for start, stop in zip(marks[:-1], marks[1:], strict=True):
-        nats.append(math.fsum(losses[start : stop - 1]))  # losses[i] belongs to token i + 1
+        nats.append(
+            math.fsum(losses[start : stop - 1])
+        )  # losses[i] belongs to token i + 1
         tokens.append(int(stop - start - 1))
         texts.append(tokenizer.decode_bytes(ids[start + 1 : stop].tolist()))
     return tuple(nats), tuple(tokens), texts
@@ -267,11 +261,9 @@ def tinywiki_floor(split: str, documents: int) -> float:
     """Nats that the first so many articles of a TinyWiki split cost a reader who knows all there is to know."""
     articles = TinyWiki().articles(split)
     return math.fsum(
-        article.nats_floor for article, _ in zip(articles, range(documents), strict=False)
+        article.nats_floor
+        for article, _ in zip(articles, range(documents), strict=False)
     )
-
-
-# Three examples become measurements
 
 
 @torch.no_grad()
@@ -289,9 +281,9 @@ def continuation_log_probs(
     ]  # (n, width, C), what predicts the continuations
     log_probs = model.head(hidden).float().log_softmax(-1)
     found = log_probs.gather(-1, tokens[:, len(prompt) :, None])[..., 0]  # (n, width)
-    return found.masked_fill(torch.arange(width, device=model.device) >= lengths[:, None], 0.0).sum(
-        1
-    )
+    return found.masked_fill(
+        torch.arange(width, device=model.device) >= lengths[:, None], 0.0
+    ).sum(1)
 
 
 def names_drawn(
@@ -307,7 +299,11 @@ def names_drawn(
     """In how many of `draws` continuations of a prompt a person's name comes first."""
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
     tokens = torch.tensor([ids], device=model.device).expand(draws, -1)
-    options = {"temperature": temperature, "n_vocab": tokenizer.n_vocab, "generator": generator}
+    options = {
+        "temperature": temperature,
+        "n_vocab": tokenizer.n_vocab,
+        "generator": generator,
+    }
     drawn = generate(model, tokens, 8, **options)[:, len(ids) :]
     return sum(is_name(tokenizer.decode(row)) for row in drawn.tolist())
 
@@ -324,7 +320,11 @@ def names_anywhere(
 ) -> float:
     """The share of words that are a person's name in text which the model draws from nothing."""
     tokens = torch.full((texts, 1), tokenizer.end_of_text, device=model.device)
-    options = {"temperature": temperature, "n_vocab": tokenizer.n_vocab, "generator": generator}
+    options = {
+        "temperature": temperature,
+        "n_vocab": tokenizer.n_vocab,
+        "generator": generator,
+    }
     rows = generate(model, tokens, min(length, model.config.block_size - 1), **options)[
         :, 1:
     ].tolist()
@@ -384,40 +384,47 @@ def run_probes(
     for probe in tqdm(probes, unit="probe", disable=not progress):
         count = counts.setdefault(probe.family, [0, 0, 0.0])
         if probe.family == "name":
-            count[0] += names_drawn(model, tokenizer, probe.prompt, draws=draws, **drawing)
+            count[0] += names_drawn(
+                model, tokenizer, probe.prompt, draws=draws, **drawing
+            )
             count[1] += draws
         else:
             count[0] += most_probable(model, tokenizer, probe) == probe.answer
             count[1] += 1
             count[2] += 1 / len(probe.candidates)
     if "name" in counts:
-        counts["name"][2] = counts["name"][1] * names_anywhere(model, tokenizer, **drawing)
+        counts["name"][2] = counts["name"][1] * names_anywhere(
+            model, tokenizer, **drawing
+        )
     return [
-        ProbeResult(family, int(c), int(n), chance / n) for family, (c, n, chance) in counts.items()
+        ProbeResult(family, int(c), int(n), chance / n)
+        for family, (c, n, chance) in counts.items()
     ]
 
 
 def most_probable(model: GPT, tokenizer: Tokenizer, probe: Probe) -> str:
     """The candidate that the model finds most probable after the probe's prompt."""
     prompt = [tokenizer.end_of_text, *tokenizer.encode(probe.prompt)]
-    continuations = [tokenizer.encode(" " + candidate) for candidate in probe.candidates]
-    return probe.candidates[int(continuation_log_probs(model, prompt, continuations).argmax())]
-
-
-# Real runs
+    continuations = [
+        tokenizer.encode(" " + candidate) for candidate in probe.candidates
+    ]
+    return probe.candidates[
+        int(continuation_log_probs(model, prompt, continuations).argmax())
+    ]
 
 
 def read_evaluation(path: Path) -> Evaluation:
     """What `--out` wrote. Raises ValueError if it is not an evaluation."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        lists = {
+            key: tuple(value)
+            for key, value in values.items()
+            if isinstance(value, list)
+        }
         return Evaluation(**values | lists)
     except (TypeError, AttributeError, json.JSONDecodeError):
         raise ValueError(f"{path}: not an evaluation; write one with --out") from None
-
-
-# From the command line
 
 
 @dataclass(frozen=True)
@@ -433,7 +440,9 @@ class EvaluationOptions:
     batch_size: int = 8
     max_documents: int | None = None
     device: str = "auto"
-    probes: bool = False  # measure the report's three examples on TinyWiki's facts instead
+    probes: bool = (
+        False  # measure the report's three examples on TinyWiki's facts instead
+    )
     out: Path | None = (
         None  # write the losses of each document (or the probes' counts) here, as JSON
     )
@@ -445,7 +454,9 @@ def evaluate_run(options: EvaluationOptions, *, progress: bool = True) -> Evalua
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     corpus = options.corpus or run.config.corpus
-    protocol(run.model, options.context, options.stride)  # complain before the corpus is read
+    protocol(
+        run.model, options.context, options.stride
+    )  # complain before the corpus is read
     split = load_tokens(corpus, run.tokenizer, progress=progress).split(options.split)
     lines = split.record.get("lines")
     if lines is None:
@@ -460,14 +471,20 @@ def evaluate_run(options: EvaluationOptions, *, progress: bool = True) -> Evalua
     return result
 
 
-def probe_run(options: EvaluationOptions, *, progress: bool = True) -> list[ProbeResult]:
+def probe_run(
+    options: EvaluationOptions, *, progress: bool = True
+) -> list[ProbeResult]:
     """Run TinyWiki's probes on a run, as the command line does."""
     run: LoadedRun = load_run(options.run, which=options.which, device=options.device)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-    results = run_probes(run.model, run.tokenizer, TinyWiki().probes(), progress=progress)
+    results = run_probes(
+        run.model, run.tokenizer, TinyWiki().probes(), progress=progress
+    )
     if options.out:
-        write_text(options.out, json.dumps([dataclasses.asdict(r) for r in results]) + "\n")
+        write_text(
+            options.out, json.dumps([dataclasses.asdict(r) for r in results]) + "\n"
+        )
     return results
 
 

@@ -18,8 +18,6 @@ import torch
 import tyro
 from torch import Tensor
 
-from gptlib.checkpoints import Checkpoints, write_text
-from gptlib.devices import describe_machine
 from gptlib.gpt import GPT, GPTConfig
 from gptlib.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 from gptlib.training import (
@@ -30,38 +28,10 @@ from gptlib.training import (
     load_run,
     optimizer_of,
 )
-from gptlib.watching import read_rows
+from gptlib.workshop.checkpoints import Checkpoints, write_text
+from gptlib.workshop.devices import describe_machine
+from gptlib.workshop.watching import read_rows
 
-__all__ = [
-    "LINEAR",
-    "ACTIVATION_NAMES",
-    "ExchangeError",
-    "to_gpt2_weights",
-    "gpt2_config",
-    "byte_letters",
-    "merges_of",
-    "to_fast_tokenizer",
-    "DTYPES",
-    "MODEL_CARD",
-    "model_card",
-    "export_run",
-    "from_gpt2_weights",
-    "plain_names",
-    "our_config",
-    "from_tokenizer_json",
-    "read_json",
-    "import_model",
-    "read_safetensors",
-    "read_pickle",
-    "fetch",
-    "crop_block_size",
-    "save_imported",
-    "Export",
-    "Import",
-    "main",
-]
-
-# Exchange: to transformers and back
 
 LINEAR = (
     "c_attn.weight",
@@ -73,9 +43,6 @@ ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new"}  # ours -> theirs
 
 class ExchangeError(ValueError):
     """A model that cannot be exported or imported; the message names the key or feature."""
-
-
-# Names and shapes on the other side
 
 
 def to_gpt2_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
@@ -115,9 +82,6 @@ def gpt2_config(config: GPTConfig, n_vocab: int, end_of_text: int):
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
     )
-
-
-# The tokenizer
 
 
 def byte_letters() -> dict[int, str]:
@@ -165,7 +129,9 @@ def to_fast_tokenizer(tokenizer: Tokenizer, block_size: int):
     vocabulary = {spell(token): rank for token, rank in tokenizer.ranks.items()}
     merges = [(spell(a), spell(b)) for a, b in merges_of(tokenizer.ranks)]
     fast = FastTokenizer(
-        models.BPE(vocab=vocabulary | {END_OF_TEXT: tokenizer.end_of_text}, merges=merges)
+        models.BPE(
+            vocab=vocabulary | {END_OF_TEXT: tokenizer.end_of_text}, merges=merges
+        )
     )
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -176,9 +142,8 @@ def to_fast_tokenizer(tokenizer: Tokenizer, block_size: int):
     )  # fmt: skip
 
 
-# Export
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 MODEL_CARD = """---
 library_name: transformers
 tags: [gpt2, from-scratch]
@@ -221,7 +186,10 @@ def model_card(run: LoadedRun) -> str:
         tokenizer=run.tokenizer.name,
         n_vocab=run.tokenizer.n_vocab,
         config=json.dumps(dataclasses.asdict(run.config), indent=1),
-        **{k: getattr(run.model.config, k) for k in ("n_layer", "n_head", "n_embd", "block_size")},
+        **{
+            k: getattr(run.model.config, k)
+            for k in ("n_layer", "n_head", "n_embd", "block_size")
+        },
     )
 
 
@@ -257,7 +225,9 @@ def export_run(run: LoadedRun, out: Path, *, dtype: str = "fp32") -> Path:
     scratch = Path(tempfile.mkdtemp(prefix=out.name + ".", dir=out.parent))
     try:
         theirs.to(DTYPES[dtype]).save_pretrained(scratch)
-        to_fast_tokenizer(run.tokenizer, run.model.config.block_size).save_pretrained(scratch)
+        to_fast_tokenizer(run.tokenizer, run.model.config.block_size).save_pretrained(
+            scratch
+        )
         GenerationConfig(
             bos_token_id=end, eos_token_id=end, pad_token_id=end, do_sample=True
         ).save_pretrained(scratch)
@@ -268,9 +238,6 @@ def export_run(run: LoadedRun, out: Path, *, dtype: str = "fp32") -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     return out
-
-
-# In from GPT-2
 
 
 def from_gpt2_weights(weights: dict[str, Tensor], config: GPTConfig) -> GPT:
@@ -317,7 +284,9 @@ def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
                 )
             continue
         found[short] = (
-            value.T.contiguous() if short.endswith(LINEAR) and value.dim() == 2 else value
+            value.T.contiguous()
+            if short.endswith(LINEAR) and value.dim() == 2
+            else value
         )
     return found
 
@@ -337,7 +306,9 @@ def our_config(theirs: dict, *, vocab_size: int | None = None) -> GPTConfig:
     }
     for key, value in plain.items():
         if theirs.get(key, value) != value:
-            raise ExchangeError(f"{key} is {theirs[key]!r}; the models of this book have {value!r}")
+            raise ExchangeError(
+                f"{key} is {theirs[key]!r}; the models of this book have {value!r}"
+            )
     shape = {
         "n_layer": 12,
         "n_head": 12,
@@ -355,7 +326,9 @@ def our_config(theirs: dict, *, vocab_size: int | None = None) -> GPTConfig:
     }
     activation = theirs.get("activation_function", "gelu_new")
     if activation not in ours:
-        raise ExchangeError(f"activation_function is {activation!r}; there are {', '.join(ours)}")
+        raise ExchangeError(
+            f"activation_function is {activation!r}; there are {', '.join(ours)}"
+        )
     return GPTConfig(
         n_layer=shape["n_layer"],
         n_head=shape["n_head"],
@@ -386,7 +359,9 @@ def from_tokenizer_json(path: Path, name: str) -> Tokenizer:
         raise ExchangeError(
             f"{path.name}: it does not split text as GPT-2 does (pre_tokenizer {cut.get('type')}); it cannot be imported"
         )
-    special = {token["content"]: token["id"] for token in stored.get("added_tokens", [])}
+    special = {
+        token["content"]: token["id"] for token in stored.get("added_tokens", [])
+    }
     bytes_of = {letter: byte for byte, letter in byte_letters().items()}
     unknown = sorted(set(special) - {END_OF_TEXT})
     if unknown:
@@ -395,11 +370,16 @@ def from_tokenizer_json(path: Path, name: str) -> Tokenizer:
         )
     vocabulary = {t: i for t, i in bpe.get("vocab", {}).items() if t not in special}
     try:
-        ranks = {bytes(bytes_of[c] for c in token): i for token, i in vocabulary.items()}
+        ranks = {
+            bytes(bytes_of[c] for c in token): i for token, i in vocabulary.items()
+        }
         merges = [
-            pair.split(" ") if isinstance(pair, str) else pair for pair in bpe.get("merges", [])
+            pair.split(" ") if isinstance(pair, str) else pair
+            for pair in bpe.get("merges", [])
         ]
-        merges = [tuple(bytes(bytes_of[c] for c in half) for half in pair) for pair in merges]
+        merges = [
+            tuple(bytes(bytes_of[c] for c in half) for half in pair) for pair in merges
+        ]
     except KeyError as error:
         raise ExchangeError(
             f"{path.name}: {error} is no byte-level letter; only byte-level BPE can be imported"
@@ -450,7 +430,9 @@ def import_model(source: str) -> tuple[GPT, Tokenizer]:
     elif (folder / "pytorch_model.bin").exists():
         weights = read_pickle(folder / "pytorch_model.bin")
     else:
-        raise ExchangeError(f"{source}: neither model.safetensors nor pytorch_model.bin there")
+        raise ExchangeError(
+            f"{source}: neither model.safetensors nor pytorch_model.bin there"
+        )
     if not (folder / "tokenizer.json").exists():
         raise ExchangeError(
             f"{source}: no tokenizer.json there; save it with AutoTokenizer.save_pretrained"
@@ -496,16 +478,15 @@ def fetch(name: str) -> Path:
     try:
         files = ["config.json", "model.safetensors", "tokenizer.json"]
         return Path(
-            snapshot_download(name, allow_patterns=files, local_files_only=not has_network())
+            snapshot_download(
+                name, allow_patterns=files, local_files_only=not has_network()
+            )
         )
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ExchangeError(
             f"{name}: no such folder, and the hub does not give it ({reason}); give a local folder"
         ) from None
-
-
-# A shorter context, and a run folder
 
 
 def crop_block_size(model: GPT, block_size: int) -> GPT:
@@ -526,7 +507,10 @@ def save_imported(model: GPT, tokenizer: Tokenizer, source: str, out: Path) -> N
     if out.exists():
         raise ExchangeError(f"{out} exists; choose another --out or delete it")
     config = TrainConfig(
-        model=model.config, corpus=f"imported from {source}", tokenizer=tokenizer.name, steps=1
+        model=model.config,
+        corpus=f"imported from {source}",
+        tokenizer=tokenizer.name,
+        steps=1,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=out.name + ".", dir=out.parent))
@@ -540,7 +524,10 @@ def save_imported(model: GPT, tokenizer: Tokenizer, source: str, out: Path) -> N
         }
         write_text(scratch / "run.json", json.dumps(record, indent=1) + "\n")
         state = TrainState(
-            model, optimizer_of(model, config), torch.amp.GradScaler("cpu", enabled=False), step=1
+            model,
+            optimizer_of(model, config),
+            torch.amp.GradScaler("cpu", enabled=False),
+            step=1,
         )
         Checkpoints(scratch / "checkpoints").save(1, state.state_dict())
         scratch.chmod(0o755)
@@ -548,9 +535,6 @@ def save_imported(model: GPT, tokenizer: Tokenizer, source: str, out: Path) -> N
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-
-
-# From the command line
 
 
 @dataclass(frozen=True)
@@ -580,7 +564,11 @@ def main() -> None:
     )
     with errors_in_one_line():
         if isinstance(command, Export):
-            export_run(load_run(command.run, which=command.which), command.out, dtype=command.dtype)
+            export_run(
+                load_run(command.run, which=command.which),
+                command.out,
+                dtype=command.dtype,
+            )
         else:
             model, tokenizer = import_model(command.model)
             if command.block_size is not None:

@@ -14,10 +14,6 @@ from torch.nn import functional as F
 
 from gptlib.block import ACTIVATIONS, Block
 
-__all__ = ["GPTConfig", "init_weights", "GPT"]
-
-# The shape of a model
-
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -35,7 +31,9 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be at least 1"
+                )
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; every head needs the same width"
@@ -48,18 +46,12 @@ class GPTConfig:
             )
 
 
-# Initialisation
-
-
 def init_weights(module: nn.Module) -> None:
     """GPT-2's initialisation: weights N(0, 0.02), biases 0; layer norms stay at 1 and 0."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-# The whole model
 
 
 class GPT(nn.Module):
@@ -75,7 +67,9 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(c.block_size, c.n_embd)
         self.drop = nn.Dropout(c.dropout)
         options = {"bias": c.bias, "dropout": c.dropout, "activation": c.activation}
-        self.h = nn.ModuleList(Block(c.n_embd, c.n_head, **options) for _ in range(c.n_layer))
+        self.h = nn.ModuleList(
+            Block(c.n_embd, c.n_head, **options) for _ in range(c.n_layer)
+        )
         self.ln_f = nn.LayerNorm(c.n_embd, bias=c.bias)
         self.apply(init_weights)
         for name, p in self.named_parameters():
@@ -92,7 +86,9 @@ class GPT(nn.Module):
             raise ValueError(
                 f"{start + T} tokens are more than the block_size of {self.config.block_size}; crop the oldest"
             )
-        x = self.drop(self.wte(tokens) + self.wpe.weight[start : start + T])  # (B, T, C)
+        x = self.drop(
+            self.wte(tokens) + self.wpe.weight[start : start + T]
+        )  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache.layers[i])
         return self.ln_f(x)

@@ -9,10 +9,6 @@ from torch import Tensor, nn
 
 from gptlib.attention import causal_attention
 
-__all__ = ["CausalSelfAttention"]
-
-# The form that goes into gptlib
-
 
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention, (B, T, C) -> (B, T, C).
@@ -21,7 +17,9 @@ class CausalSelfAttention(nn.Module):
     `n_embd` is not a multiple of `n_head`. Source: Vaswani et al. 2017, section 3.2.2.
     """
 
-    def __init__(self, n_embd: int, n_head: int, *, bias: bool = False, dropout: float = 0.0):
+    def __init__(
+        self, n_embd: int, n_head: int, *, bias: bool = False, dropout: float = 0.0
+    ):
         super().__init__()
         if n_embd % n_head:
             raise ValueError(
@@ -41,5 +39,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v)  # (B, nh, S, hs) with S >= T
         y = causal_attention(q, k, v, dropout=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> heads side by side again
+        y = y.transpose(1, 2).reshape(
+            B, T, C
+        )  # (B, nh, T, hs) -> heads side by side again
         return self.resid_dropout(self.c_proj(y))

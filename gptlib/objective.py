@@ -10,19 +10,6 @@ import math
 import torch
 from torch import nn
 
-__all__ = [
-    "perplexity",
-    "bits_per_byte",
-    "parameter_groups",
-    "make_adamw",
-    "learning_rate",
-    "trapezoid",
-    "Together",
-    "make_muon",
-]
-
-# What a loss is worth in other units
-
 
 def perplexity(loss: float) -> float:
     """e to the loss (nats per token): the number of equally likely tokens that would be as surprising."""
@@ -32,9 +19,6 @@ def perplexity(loss: float) -> float:
 def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
     """Loss in nats per token -> bits per byte of text, which does not depend on the tokenizer."""
     return loss * tokens / math.log(2) / text_bytes
-
-
-# AdamW's two groups
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -55,9 +39,6 @@ def make_adamw(
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
-# The learning rate of a step
-
-
 def learning_rate(
     step: int, *, peak: float, final: float, warmup_steps: int, decay_steps: int
 ) -> float:
@@ -74,11 +55,14 @@ def learning_rate(
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# Come down late
-
-
 def trapezoid(
-    step: int, *, peak: float, final: float, warmup_steps: int, steps: int, cooldown_steps: int
+    step: int,
+    *,
+    peak: float,
+    final: float,
+    warmup_steps: int,
+    steps: int,
+    cooldown_steps: int,
 ) -> float:
     """Linear warm-up, the peak, and a straight line towards `final` in the last `cooldown_steps` of `steps`.
 
@@ -87,9 +71,6 @@ def trapezoid(
     climb = min(1.0, (step + 1) / max(1, warmup_steps))
     descent = min(1.0, max(0, steps - step) / max(1, cooldown_steps))
     return peak * climb if climb < 1 else final + (peak - final) * descent
-
-
-# A step for a matrix, not for its entries
 
 
 class Together:
@@ -118,7 +99,9 @@ class Together:
             part.load_state_dict(its_state)
 
 
-def make_muon(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> Together:
+def make_muon(
+    model: nn.Module, *, weight_decay: float, betas: tuple[float, float]
+) -> Together:
     """Muon for the matrices of the blocks (`model.h`), AdamW for embeddings and vectors.
 
     Muon's step is scaled to the size of AdamW's, so that both take the same rate, which is set before
@@ -130,6 +113,12 @@ def make_muon(model: nn.Module, *, weight_decay: float, betas: tuple[float, floa
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in taken]
     muon = torch.optim.Muon(
-        inner, lr=0.0, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        inner,
+        lr=0.0,
+        weight_decay=weight_decay,
+        momentum=0.95,
+        adjust_lr_fn="match_rms_adamw",
     )
-    return Together(muon, torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True))
+    return Together(
+        muon, torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+    )

@@ -15,14 +15,6 @@ from typing import Annotated
 import torch
 import tyro
 
-from gptlib.devices import (
-    describe_machine,
-    peak_flops,
-    peak_memory,
-    pick_device,
-    pick_precision,
-    total_memory,
-)
 from gptlib.speed import fast_loss
 from gptlib.training import (
     PRESETS,
@@ -37,19 +29,22 @@ from gptlib.training import (
     optimizer_of,
     run_training,
 )
-
-__all__ = ["pretrain", "Plan", "plan", "seconds_of", "Command", "preset_of", "main"]
-
-# The choice
+from gptlib.workshop.devices import (
+    describe_machine,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    pick_precision,
+    total_memory,
+)
 
 
 def pretrain(config: TrainConfig, options: RunOptions) -> LoadedRun | None:
     """Start or resume a pretraining run, with the fast loss of chapter 11. Returns what `load_run` would."""
     kind = pick_device(options.device).type
-    return run_training(config, options, loss_fn=fast_loss(config.model.vocab_size, kind))
-
-
-# Predict, then measure
+    return run_training(
+        config, options, loss_fn=fast_loss(config.model.vocab_size, kind)
+    )
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,9 @@ class Plan:
         return self.tokens / self.tokens_per_second / 3600
 
     def __str__(self) -> str:
-        have = "" if self.memory_bytes is None else f" of {self.memory_bytes / 1e9:.1f} GB"
+        have = (
+            "" if self.memory_bytes is None else f" of {self.memory_bytes / 1e9:.1f} GB"
+        )
         lines = [
             f"device       {self.device}, {self.precision} ({self.reason})",
             f"model        {self.parameters:,} parameters; weights, gradients and AdamW's averages {self.state_bytes / 1e9:.2f} GB",
@@ -100,7 +97,9 @@ def plan(config: TrainConfig, options: RunOptions, *, steps: int = 20) -> Plan:
     optimizer = optimizer_of(model, config)
     module = WithLoss(model, fast_loss(config.model.vocab_size, device.type))
     size = fit_micro_batch(config.batch_size, options.micro_batch_size)
-    tokens = torch.randint(config.model.vocab_size, (size, config.model.block_size + 1)).to(device)
+    tokens = torch.randint(
+        config.model.vocab_size, (size, config.model.block_size + 1)
+    ).to(device)
 
     def micro_batch() -> None:
         with precision.autocast():
@@ -114,7 +113,9 @@ def plan(config: TrainConfig, options: RunOptions, *, steps: int = 20) -> Plan:
 
     micro_batch()  # the first calls set up kernels and the optimiser's averages
     update()
-    seconds = seconds_of(micro_batch, steps) * config.batch_size / size + seconds_of(update, 2)
+    seconds = seconds_of(micro_batch, steps) * config.batch_size / size + seconds_of(
+        update, 2
+    )
     rate, peak = config.tokens_per_step / seconds, peak_flops(device, precision.name)
     parameters = model.n_parameters(positions=True)
     return Plan(
@@ -137,9 +138,6 @@ def seconds_of(call: Callable[[], None], repeats: int) -> float:
     for _ in range(repeats):
         call()
     return (time.perf_counter() - began) / repeats
-
-
-# From the shell
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,9 @@ def main() -> None:
     """`python -m gptlib.pretraining --preset NAME --corpus NAME --out FOLDER`."""
     with errors_in_one_line():
         config = preset_of(sys.argv[1:])
-        options = RunOptions(out=Path("runs/plan") if "--plan" in sys.argv else tyro.MISSING)
+        options = RunOptions(
+            out=Path("runs/plan") if "--plan" in sys.argv else tyro.MISSING
+        )
         command = tyro.cli(Command, default=Command(options=options, config=config))
         if command.plan:
             print(plan(command.config, command.options))

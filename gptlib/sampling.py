@@ -18,23 +18,6 @@ from torch import Tensor
 from gptlib.gpt import GPT
 from gptlib.training import LoadedRun, errors_in_one_line, load_run
 
-__all__ = [
-    "check_sampling",
-    "next_token_probs",
-    "draw",
-    "LayerCache",
-    "KVCache",
-    "window_start",
-    "stream",
-    "check_tokens",
-    "generate",
-    "SamplingOptions",
-    "main",
-    "print_sample",
-]
-
-# From logits to a distribution
-
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raises ValueError, naming the value, for settings that describe no distribution."""
@@ -47,7 +30,9 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
             f"top_k is {top_k}; it must be at least 1 (1 is greedy), or None for all tokens"
         )
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must be in (0, 1], or None for all tokens")
+        raise ValueError(
+            f"top_p is {top_p}; it must be in (0, 1], or None for all tokens"
+        )
 
 
 def next_token_probs(
@@ -85,23 +70,19 @@ def next_token_probs(
     return torch.zeros_like(logits).scatter(-1, ids, kept)
 
 
-# One number is enough
-
-
 def draw(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """(B, V) probabilities -> (B, 1) ids, each found by one uniform number; a zero is never drawn."""
     if probs.device.type == "mps":
         return torch.multinomial(probs, 1, generator=generator)
     ends = probs.double().cumsum(-1)  # (B, V): where each token's piece ends
-    darts = torch.rand(len(probs), 1, generator=generator, dtype=torch.float64, device=probs.device)
+    darts = torch.rand(
+        len(probs), 1, generator=generator, dtype=torch.float64, device=probs.device
+    )
     ids = torch.searchsorted(ends, darts * ends[:, -1:], right=True)
     last = torch.searchsorted(
         ends, ends[:, -1:].contiguous()
     )  # should rounding ever put the dart on the very end
     return torch.minimum(ids, last)
-
-
-# The cache
 
 
 class LayerCache:
@@ -135,9 +116,6 @@ class KVCache:
         return self.layers[0].length
 
 
-# Beyond the block
-
-
 def window_start(length: int, block_size: int) -> int:
     """Where the model's context begins in a text of `length` tokens.
 
@@ -146,9 +124,6 @@ def window_start(length: int, block_size: int) -> int:
     """
     jump = max(1, block_size // 2)
     return -(-max(0, length - block_size) // jump) * jump
-
-
-# The loop that goes into gptlib
 
 
 @torch.no_grad()
@@ -176,7 +151,9 @@ def stream(
             x = model.hidden(tokens[:, start:], cache)  # (B, T, C)
         else:
             x = model.hidden(tokens[:, -1:], cache)  # (B, 1, C)
-        logits = model.head(x[:, -1])  # (B, V): the last position has read all the others
+        logits = model.head(
+            x[:, -1]
+        )  # (B, V): the last position has read all the others
         probs = next_token_probs(
             logits, temperature=temperature, top_k=top_k, top_p=top_p, n_vocab=n_vocab
         )
@@ -224,9 +201,6 @@ def generate(
     return torch.cat([tokens, *(new[:, None] for new in draws)], dim=1)
 
 
-# Text as it comes
-
-
 @dataclass(frozen=True)
 class SamplingOptions:
     """Continue a prompt with a trained model."""
@@ -249,12 +223,16 @@ def main() -> None:
         check_sampling(options.temperature, options.top_k, options.top_p)
         run = load_run(options.run, device=options.device)
         generator = torch.Generator(run.model.device)
-        generator.seed() if options.seed is None else generator.manual_seed(options.seed)
+        generator.seed() if options.seed is None else generator.manual_seed(
+            options.seed
+        )
         for _ in range(options.samples):
             print_sample(run, options, generator)
 
 
-def print_sample(run: LoadedRun, options: SamplingOptions, generator: torch.Generator) -> None:
+def print_sample(
+    run: LoadedRun, options: SamplingOptions, generator: torch.Generator
+) -> None:
     """Write a continuation to standard output as it is drawn; ends at the end-of-text mark."""
     ids = [run.tokenizer.end_of_text, *run.tokenizer.encode(options.prompt)]
     tokens = torch.tensor([ids], device=run.model.device)

@@ -20,45 +20,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from gptlib.devices import peak_flops, peak_memory, pick_device, pick_precision
 from gptlib.gpt import GPT
 from gptlib.objective import make_adamw
 from gptlib.sampling import generate
 from gptlib.training import PRESETS, errors_in_one_line, plain_loss
-
-__all__ = [
-    "softmax_gradient",
-    "to_gradient",
-    "fused_to_gradient",
-    "tiled_to_gradient",
-    "pick_to_gradient",
-    "add_product",
-    "ChunkedCrossEntropy",
-    "chunked_loss",
-    "no_grad_loss",
-    "FastLoss",
-    "compile_blocks",
-    "compiler_works",
-    "fast_loss",
-    "library_loss",
-    "inner_products",
-    "fused_inner_products",
-    "OneRowLinear",
-    "sampling_copy",
-    "Row",
-    "ROWS",
-    "SpeedOptions",
-    "training_rate",
-    "sampling_rate",
-    "own_peak",
-    "measure_here",
-    "measure",
-    "medians",
-    "table",
-    "main",
-]
-
-# The gradient is known at once
+from gptlib.workshop.devices import peak_flops, peak_memory, pick_device, pick_precision
 
 
 def softmax_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,9 +41,6 @@ def softmax_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         torch.arange(logits.shape[-1], device=logits.device) == targets[:, None]
     )  # (N, V), fused away
     return loss, (exp / total - hit.to(exp.dtype)).to(logits.dtype)
-
-
-# Touching memory less: a compiler, or a cache
 
 
 def to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
@@ -108,7 +71,8 @@ def fused_to_gradient(device_type: str) -> Callable:
     ) as error:  # no compiler, no Triton, an unsupported Python: all slow, none wrong
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:80]
         print(
-            f"torch.compile does not work here ({reason}); the loss runs unfused", file=sys.stderr
+            f"torch.compile does not work here ({reason}); the loss runs unfused",
+            file=sys.stderr,
         )
         return tiled_to_gradient if device_type == "cpu" else to_gradient
 
@@ -136,9 +100,6 @@ def pick_to_gradient(device_type: str, fuse: bool | None) -> Callable:
     return to_gradient if fuse is False else fused_to_gradient(device_type)
 
 
-# The sum over chunks
-
-
 def add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     """total += grad.T @ hidden, summed in the type of total. Shapes (V, C), (N, V), (N, C)."""
     if total.dtype == grad.dtype:
@@ -146,9 +107,6 @@ def add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     else:
         for part, columns in zip(total.split(4096), grad.split(4096, dim=1)):
             part += columns.T @ hidden
-
-
-# The loss as an autograd function
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -160,15 +118,27 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, fuse: bool | None
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        rows: int,
+        fuse: bool | None,
     ) -> Tensor:
         kind, N = hidden.device.type, len(targets)
         in_place = pick_to_gradient(kind, fuse)
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        dtype = (
+            torch.get_autocast_dtype(kind)
+            if torch.is_autocast_enabled(kind)
+            else hidden.dtype
+        )
         with torch.autocast(kind, enabled=False):
             narrow, w = hidden.to(dtype), weight.to(dtype)  # (N, C), (V, C)
             loss = hidden.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
-            grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+            grad_hidden, grad_weight = (
+                torch.empty_like(hidden),
+                torch.zeros_like(weight),
+            )
             buffer = narrow.new_empty(min(rows, N), len(weight))  # one for all chunks
             for start in range(0, N, rows):
                 part = slice(start, start + rows)
@@ -189,7 +159,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_loss(
-    model: GPT, tokens: Tensor, targets: Tensor, *, rows: int = 1536, fuse: bool | None = None
+    model: GPT,
+    tokens: Tensor,
+    targets: Tensor,
+    *,
+    rows: int = 1536,
+    fuse: bool | None = None,
 ) -> Tensor:
     """The loss of `plain_loss`, with at most `rows` x V logits in memory; plugs into `run_training(loss_fn=...)`.
 
@@ -200,7 +175,9 @@ def chunked_loss(
     if not torch.is_grad_enabled():
         return no_grad_loss(model, tokens, targets, rows)
     hidden = model.hidden(tokens).flatten(0, 1)
-    return ChunkedCrossEntropy.apply(hidden, model.wte.weight, targets.flatten(), rows, fuse)
+    return ChunkedCrossEntropy.apply(
+        hidden, model.wte.weight, targets.flatten(), rows, fuse
+    )
 
 
 def no_grad_loss(model: GPT, tokens: Tensor, targets: Tensor, rows: int) -> Tensor:
@@ -229,7 +206,9 @@ class FastLoss:
         if not self.chunked:
             return plain_loss(model, tokens, targets)
         suits = None if tokens.device.type == "cpu" else False
-        return chunked_loss(model, tokens, targets, fuse=True if self.compiled else suits)
+        return chunked_loss(
+            model, tokens, targets, fuse=True if self.compiled else suits
+        )
 
 
 def compile_blocks(model: GPT) -> None:
@@ -246,10 +225,9 @@ def compiler_works(device_type: str) -> bool:
 
 def fast_loss(vocab_size: int, device_type: str = "cpu") -> FastLoss:
     """Chunked where all logits at once would be most of the memory; compiled on CUDA where that works."""
-    return FastLoss(vocab_size > 8192, device_type == "cuda" and compiler_works(device_type))
-
-
-# Somebody else's
+    return FastLoss(
+        vocab_size > 8192, device_type == "cuda" and compiler_works(device_type)
+    )
 
 
 def library_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -259,9 +237,6 @@ def library_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     return torch.nn.functional.linear_cross_entropy(
         hidden, weight, targets.flatten(), options=options
     )
-
-
-# Sampling: one row at a time
 
 
 def inner_products(row: Tensor, weight: Tensor) -> Tensor:
@@ -274,9 +249,7 @@ def fused_inner_products() -> Callable | None:
     """`inner_products` compiled for the CPU, or None where no compiler works."""
     compiled = torch.compile(inner_products, dynamic=False)
     try:
-        limits = (
-            torch._dynamo.config
-        )  # a loop for each shape and type: a model has five shapes, the default limit is 8
+        limits = torch._dynamo.config  # a loop for each shape and type: a model has five shapes, the default limit is 8
         limits.recompile_limit = max(limits.recompile_limit, 64)
         with torch.no_grad():
             compiled(torch.zeros(16), torch.zeros(32, 16, dtype=torch.bfloat16))
@@ -296,7 +269,11 @@ class OneRowLinear(torch.nn.Module):
         """(..., C) -> (..., V), in the type of x."""
         if x.numel() != x.shape[-1]:
             return torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
-        y = fused_inner_products()(x.flatten(), self.weight).to(x.dtype).view(*x.shape[:-1], -1)
+        y = (
+            fused_inner_products()(x.flatten(), self.weight)
+            .to(x.dtype)
+            .view(*x.shape[:-1], -1)
+        )
         return y if self.bias is None else y + self.bias
 
 
@@ -318,13 +295,12 @@ def sampling_copy(model: GPT, *, dtype: torch.dtype | None = None) -> GPT:
                     setattr(
                         parent,
                         name,
-                        OneRowLinear(layer.weight, layer.bias, dtype or layer.weight.dtype),
+                        OneRowLinear(
+                            layer.weight, layer.bias, dtype or layer.weight.dtype
+                        ),
                     )
     shared.head = OneRowLinear(weight, None, dtype or weight.dtype).forward
     return shared
-
-
-# Measuring honestly
 
 
 @dataclass(frozen=True)
@@ -332,7 +308,9 @@ class Row:
     """One line of the table: a way of computing the same thing."""
 
     name: str
-    precision: str  # of `pick_precision`; auto takes what this machine multiplies fastest
+    precision: (
+        str  # of `pick_precision`; auto takes what this machine multiplies fastest
+    )
     loss_fn: Callable | None = None  # training, if there is one; else sampling
     use_cache: bool = False
     copy_dtype: torch.dtype | None = None  # of `sampling_copy`
@@ -372,19 +350,35 @@ class SpeedOptions:
     def __post_init__(self):
         names = [row.name for row in ROWS]
         if self.preset not in PRESETS:
-            raise ValueError(f"unknown preset {self.preset!r}; there are {', '.join(PRESETS)}")
+            raise ValueError(
+                f"unknown preset {self.preset!r}; there are {', '.join(PRESETS)}"
+            )
         for name in (self.only, self.row):
             if name is not None and name not in names:
                 raise ValueError(f"unknown row {name!r}; there are {', '.join(names)}")
-        for name in ("rounds", "steps", "micro_batch_size", "micro_batches", "new_tokens"):
+        for name in (
+            "rounds",
+            "steps",
+            "micro_batch_size",
+            "micro_batches",
+            "new_tokens",
+        ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be at least 1"
+                )
 
 
-def training_rate(row: Row, options: SpeedOptions, model: GPT, device: torch.device) -> float:
+def training_rate(
+    row: Row, options: SpeedOptions, model: GPT, device: torch.device
+) -> float:
     """Tokens per second of whole training steps on random tokens: the median after two that warm up."""
     config, precision = PRESETS[options.preset], pick_precision(device, row.precision)
-    loss_fn = plain_loss if row.name == "final" and model.config.vocab_size <= 8192 else row.loss_fn
+    loss_fn = (
+        plain_loss
+        if row.name == "final" and model.config.vocab_size <= 8192
+        else row.loss_fn
+    )
     optimizer = make_adamw(
         model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2)
     )
@@ -409,7 +403,9 @@ def training_rate(row: Row, options: SpeedOptions, model: GPT, device: torch.dev
     return options.micro_batches * x.numel() / statistics.median(times[2:])
 
 
-def sampling_rate(row: Row, options: SpeedOptions, model: GPT, device: torch.device) -> float:
+def sampling_rate(
+    row: Row, options: SpeedOptions, model: GPT, device: torch.device
+) -> float:
     """New tokens per second of one text, after a short one that warms up."""
     model = model.eval().to(pick_precision(device, row.precision).dtype)
     model = sampling_copy(model, dtype=row.copy_dtype) if row.copy_dtype else model
@@ -437,7 +433,9 @@ def measure_here(name: str, options: SpeedOptions) -> dict:
     precision = pick_precision(device, row.precision).name
     torch.manual_seed(0)
     model = GPT(PRESETS[options.preset].model).to(device)
-    rate = (training_rate if row.loss_fn else sampling_rate)(row, options, model, device)
+    rate = (training_rate if row.loss_fn else sampling_rate)(
+        row, options, model, device
+    )
     peak = peak_flops(device, precision) if row.loss_fn else None
     mfu = rate * model.flops_per_token() / peak if peak else None
     return {
@@ -452,7 +450,14 @@ def measure_here(name: str, options: SpeedOptions) -> dict:
 def measure(name: str, options: SpeedOptions) -> dict:
     """`measure_here` in a process of its own, since a process's peak memory only grows."""
     command = [sys.executable, "-m", "gptlib.speed", "--row", name, "--json"]
-    for field in ("preset", "device", "steps", "micro_batch_size", "micro_batches", "new_tokens"):
+    for field in (
+        "preset",
+        "device",
+        "steps",
+        "micro_batch_size",
+        "micro_batches",
+        "new_tokens",
+    ):
         command += ["--" + field.replace("_", "-"), str(getattr(options, field))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -463,7 +468,9 @@ def measure(name: str, options: SpeedOptions) -> dict:
 
 def medians(names: list[str], options: SpeedOptions) -> list[dict]:
     """Measure rows in alternating rounds; each row's medians."""
-    rounds = [{name: measure(name, options) for name in names} for _ in range(options.rounds)]
+    rounds = [
+        {name: measure(name, options) for name in names} for _ in range(options.rounds)
+    ]
     rows = []
     for name in names:
         found = [results[name] for results in rounds]

@@ -26,27 +26,8 @@ import regex
 import tiktoken
 
 from gptlib.corpus import cache_dir
-from gptlib.tinywiki import TinyWiki
+from gptlib.workshop.tinywiki import TinyWiki
 
-__all__ = [
-    "GPT2_ALTERNATIVES",
-    "GPT2_PATTERN",
-    "split_words",
-    "Pair",
-    "merge_pair",
-    "PairTable",
-    "END_OF_TEXT",
-    "TokenizerError",
-    "train_bpe",
-    "ranks_of",
-    "encode_word",
-    "encode_text",
-    "Tokenizer",
-    "load_tokenizer",
-    "padded_vocab_size",
-]
-
-# GPT-2's scissors
 
 GPT2_ALTERNATIVES = (
     r"'(?:[sdmt]|ll|ve|re)",  # English endings after an apostrophe
@@ -57,8 +38,6 @@ GPT2_ALTERNATIVES = (
     r"\s+(?!\S)",  # a run of white space, without its last character ...
     r"\s",  # ... which is left for the word that follows, or stands alone
 )
-
-
 GPT2_PATTERN = "|".join(GPT2_ALTERNATIVES)
 
 
@@ -66,8 +45,6 @@ def split_words(text: str, pattern: str = GPT2_PATTERN) -> list[bytes]:
     """Cut text into the UTF-8 bytes of "words" that no token may cross. Nothing is lost."""
     return [word.encode() for word in regex.findall(pattern, text)]
 
-
-# The slow way, exactly as told
 
 Pair = tuple[bytes, bytes]
 
@@ -87,9 +64,6 @@ def merge_pair(word: list[bytes], pair: Pair) -> list[bytes]:
     return merged
 
 
-# A table that stays right
-
-
 class PairTable:
     """The pairs of neighbouring tokens in counted words, kept right while pairs are merged."""
 
@@ -97,9 +71,13 @@ class PairTable:
         self.words = [[bytes([byte]) for byte in word] for word in word_counts]
         self.weights = list(word_counts.values())
         self.counts: Counter[Pair] = Counter()
-        self.where: dict[Pair, set[int]] = defaultdict(set)  # words that hold a pair, or once did
+        self.where: dict[Pair, set[int]] = defaultdict(
+            set
+        )  # words that hold a pair, or once did
         self.heap: list[tuple[int, Pair]] = []
-        changed = [pair for index in range(len(self.words)) for pair in self.count(index, +1)]
+        changed = [
+            pair for index in range(len(self.words)) for pair in self.count(index, +1)
+        ]
         self.push(set(changed))
 
     def count(self, index: int, sign: int) -> list[Pair]:
@@ -121,7 +99,9 @@ class PairTable:
         """The pair with the highest count, of equals the smallest; None if no pair occurs twice."""
         while self.heap:
             negated, pair = heapq.heappop(self.heap)
-            if self.counts[pair] == -negated:  # else an old entry: the count has changed since
+            if (
+                self.counts[pair] == -negated
+            ):  # else an old entry: the count has changed since
                 return pair
         return None
 
@@ -142,7 +122,9 @@ class TokenizerError(ValueError):
     """A tokenizer that cannot be had, or input it cannot take; the message names the cure."""
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, *, pattern: str = GPT2_PATTERN) -> list[Pair]:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, *, pattern: str = GPT2_PATTERN
+) -> list[Pair]:
     """Learn merges for a vocabulary of `vocab_size` ids: 256 bytes, the merges, end-of-text.
 
     Each step joins the pair that occurs most often within words; of equals, the one whose
@@ -153,7 +135,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, pattern: str = GPT2_PATT
         raise TokenizerError(
             f"vocab_size {vocab_size} is too small: 256 bytes and end-of-text need 257 ids"
         )
-    table = PairTable(Counter(word for text in texts for word in split_words(text, pattern)))
+    table = PairTable(
+        Counter(word for text in texts for word in split_words(text, pattern))
+    )
     merges: list[Pair] = []
     while len(merges) < vocab_size - 257 and (pair := table.most_frequent()):
         table.merge(pair)
@@ -161,12 +145,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, pattern: str = GPT2_PATT
     return merges
 
 
-# Encoding: replay the merges
-
-
 def ranks_of(merges: Iterable[Pair]) -> dict[bytes, int]:
     """Token -> id: the 256 bytes in byte order, then each merge in the order it was learned."""
-    tokens = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
+    tokens = [bytes([byte]) for byte in range(256)] + [
+        left + right for left, right in merges
+    ]
     return {token: rank for rank, token in enumerate(tokens)}
 
 
@@ -186,12 +169,15 @@ def encode_word(word: bytes, ranks: Mapping[bytes, int]) -> list[int]:
     return [ranks[part] for part in parts]
 
 
-def encode_text(text: str, ranks: Mapping[bytes, int], *, pattern: str = GPT2_PATTERN) -> list[int]:
+def encode_text(
+    text: str, ranks: Mapping[bytes, int], *, pattern: str = GPT2_PATTERN
+) -> list[int]:
     """Ids of a text in plain Python; equal to `Tokenizer.encode`, and much slower."""
-    return [token for word in split_words(text, pattern) for token in encode_word(word, ranks)]
-
-
-# The tokenizer that the book uses
+    return [
+        token
+        for word in split_words(text, pattern)
+        for token in encode_word(word, ranks)
+    ]
 
 
 @dataclass(frozen=True)
@@ -221,12 +207,16 @@ class Tokenizer:
     def encoding(self) -> tiktoken.Encoding:
         """tiktoken's object for the same vocabulary; its batch encoder uses threads."""
         rules = {"pat_str": self.pattern, "mergeable_ranks": self.ranks}
-        return tiktoken.Encoding(self.name, special_tokens={END_OF_TEXT: self.end_of_text}, **rules)
+        return tiktoken.Encoding(
+            self.name, special_tokens={END_OF_TEXT: self.end_of_text}, **rules
+        )
 
     @cached_property
     def hash(self) -> str:
         """SHA-256 of what decides the ids: pattern, tokens in order, end-of-text. Not the name."""
-        return hashlib.sha256(json.dumps(_content(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(_content(self), sort_keys=True).encode()
+        ).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. `END_OF_TEXT` inside it is ordinary text, never the special token."""
@@ -234,7 +224,9 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> np.ndarray:
         """The same as an array, (n,) uint16, or uint32 for more than 65,536 ids."""
-        return _encode(self, text).astype(np.uint16 if self.n_vocab <= 2**16 else np.uint32)
+        return _encode(self, text).astype(
+            np.uint16 if self.n_vocab <= 2**16 else np.uint32
+        )
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes of ids (a sequence, array or tensor); TokenizerError for an id of no token."""
@@ -287,15 +279,14 @@ def _content(tokenizer: Tokenizer) -> dict:
     """All that decides the ids. Tokens as Latin-1, which gives every byte a character."""
     tokens = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
     if list(map(tokenizer.ranks.get, tokens)) != list(range(len(tokens))):
-        raise TokenizerError(f"{tokenizer.name}: ranks have gaps; number the tokens from 0 upwards")
+        raise TokenizerError(
+            f"{tokenizer.name}: ranks have gaps; number the tokens from 0 upwards"
+        )
     return {
         "pattern": tokenizer.pattern,
         "special": {END_OF_TEXT: tokenizer.end_of_text},
         "tokens": [token.decode("latin-1") for token in tokens],
     }
-
-
-# A file with a hash
 
 
 def _write(path: Path, content: dict) -> None:
@@ -312,23 +303,28 @@ def _read(path: Path) -> Tokenizer:
     cure = "copy it again from where it was made, or delete it and train it anew"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        ranks = {token.encode("latin-1"): rank for rank, token in enumerate(stored["tokens"])}
+        ranks = {
+            token.encode("latin-1"): rank for rank, token in enumerate(stored["tokens"])
+        }
         tokenizer = Tokenizer(stored["name"], ranks, stored["pattern"])
         intact = tokenizer.hash == stored["hash"]
         intact = intact and stored["special"] == {END_OF_TEXT: tokenizer.end_of_text}
     except FileNotFoundError:
-        raise TokenizerError(f"{path}: no such tokenizer file; make one with save()") from None
+        raise TokenizerError(
+            f"{path}: no such tokenizer file; make one with save()"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise TokenizerError(f"{path}: cut off, or no tokenizer file; {cure}") from None
     if not intact:
-        raise TokenizerError(f"{path}: altered since it was saved (its hash differs); {cure}")
+        raise TokenizerError(
+            f"{path}: altered since it was saved (its hash differs); {cure}"
+        )
     return tokenizer
 
 
-# 50,257 and 50,304
-
-
-def load_tokenizer(name_or_path: str | os.PathLike, *, timeout: float = 8.0) -> Tokenizer:
+def load_tokenizer(
+    name_or_path: str | os.PathLike, *, timeout: float = 8.0
+) -> Tokenizer:
     """`gpt2`, `bpe-N` (trained once on TinyWiki, then cached), or the path of a saved tokenizer.
 
     timeout: seconds to wait for GPT-2's vocabulary where it must be fetched. Raises
@@ -372,12 +368,18 @@ def _gpt2(timeout: float) -> Tokenizer:
 
 def _trained_on_tinywiki(name: str, vocab_size: int) -> Tokenizer:
     made_by = Path(inspect.getfile(TinyWiki)).read_bytes() + GPT2_PATTERN.encode()
-    key = hashlib.sha256(made_by).hexdigest()[:12]  # another TinyWiki is another tokenizer
+    key = hashlib.sha256(made_by).hexdigest()[
+        :12
+    ]  # another TinyWiki is another tokenizer
     path = cache_dir() / "tokenizers" / f"{name}-{key}.json"
     if not path.exists():
-        merges = train_bpe((a.text for a in TinyWiki(seed=0).articles("train")), vocab_size)
+        merges = train_bpe(
+            (a.text for a in TinyWiki(seed=0).articles("train")), vocab_size
+        )
         if len(merges) < vocab_size - 257:
-            raise TokenizerError(f"{name}: TinyWiki supports only bpe-{len(merges) + 257}")
+            raise TokenizerError(
+                f"{name}: TinyWiki supports only bpe-{len(merges) + 257}"
+            )
         Tokenizer.from_merges(merges, name).save(path)
     return Tokenizer.load(path)
 

@@ -1,6 +1,6 @@
 """The training loop.
 
-Tangled from book/chapters/09_training_loop.md; change it there, not here.
+Tangled from book/chapters/09_training.md; change it there, not here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gptlib.batches import Batches, TokenFile, load_tokens, to_device
-from gptlib.checkpoints import (
+from gptlib.corpus import cache_dir
+from gptlib.gpt import GPT, GPTConfig
+from gptlib.objective import Together, learning_rate, make_adamw, make_muon, trapezoid
+from gptlib.tokenizer import Tokenizer, load_tokenizer
+from gptlib.workshop.checkpoints import (
     CheckpointError,
     Checkpoints,
     RunLock,
@@ -34,8 +38,7 @@ from gptlib.checkpoints import (
     remove_leftovers,
     write_text,
 )
-from gptlib.corpus import cache_dir
-from gptlib.devices import (
+from gptlib.workshop.devices import (
     PRECISIONS,
     Precision,
     describe_machine,
@@ -44,54 +47,8 @@ from gptlib.devices import (
     pick_device,
     pick_precision,
 )
-from gptlib.distribution import World, join_world, leave_world
-from gptlib.gpt import GPT, GPTConfig
-from gptlib.objective import Together, learning_rate, make_adamw, make_muon, trapezoid
-from gptlib.tokenizer import Tokenizer, load_tokenizer
-from gptlib.watching import LOGGERS, RowWriter, cut_rows, make_logger, watch
-
-__all__ = [
-    "RunError",
-    "NonFiniteError",
-    "TrainConfig",
-    "PRESETS",
-    "RunOptions",
-    "fit_micro_batch",
-    "check_division",
-    "TrainState",
-    "seed_dropout",
-    "WithLoss",
-    "plain_loss",
-    "fresh_model",
-    "optimizer_of",
-    "MAX_SKIPPED_IN_A_ROW",
-    "check_finite",
-    "train",
-    "EVAL_STEP",
-    "validation_loss",
-    "Terminal",
-    "StopRequest",
-    "open_run",
-    "compare_records",
-    "flat",
-    "settle_precision",
-    "open_data",
-    "name_of",
-    "Opened",
-    "Leg",
-    "Clock",
-    "Journal",
-    "LoadedRun",
-    "load_run",
-    "run_training",
-    "make_deterministic",
-    "small_run",
-    "OUT_OF_MEMORY",
-    "errors_in_one_line",
-    "main",
-]
-
-# The training loop
+from gptlib.workshop.distribution import World, join_world, leave_world
+from gptlib.workshop.watching import LOGGERS, RowWriter, cut_rows, make_logger, watch
 
 
 class RunError(ValueError):
@@ -100,9 +57,6 @@ class RunError(ValueError):
 
 class NonFiniteError(RuntimeError):
     """The loss or its gradient is no longer a number; the message names the step and the crops."""
-
-
-# What decides a run
 
 
 @dataclass(frozen=True)
@@ -118,8 +72,12 @@ class TrainConfig:
     learning_rate: float = 6e-4  # the peak
     final_learning_rate: float = 6e-5
     warmup_fraction: float = 800 / 3400  # of steps
-    decay_fraction: float = 6000 / 3400  # of steps; more than 1: stopped on the way down
-    cooldown_fraction: float | None = None  # of steps; if given, a trapezoid instead of the cosine
+    decay_fraction: float = (
+        6000 / 3400
+    )  # of steps; more than 1: stopped on the way down
+    cooldown_fraction: float | None = (
+        None  # of steps; if given, a trapezoid instead of the cosine
+    )
     optimizer: str = "adamw"  # or muon
     zero_projections: bool = False  # begin with blocks that add nothing
     beta1: float = 0.9
@@ -152,18 +110,26 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "eval_interval", "eval_sequences"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be at least 1"
+                )
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must not be negative")
         if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f"unknown optimizer {self.optimizer!r}; there are adamw, muon")
+            raise ValueError(
+                f"unknown optimizer {self.optimizer!r}; there are adamw, muon"
+            )
         if self.cooldown_fraction is not None and not 0 < self.cooldown_fraction <= 1:
-            raise ValueError(f"cooldown_fraction is {self.cooldown_fraction}; it must be in (0, 1]")
+            raise ValueError(
+                f"cooldown_fraction is {self.cooldown_fraction}; it must be in (0, 1]"
+            )
 
 
 PRESETS = {
     "demo": TrainConfig(
-        model=GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=2048),
+        model=GPTConfig(
+            n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=2048
+        ),
         corpus="tinywiki",
         tokenizer="bpe-2048",
         steps=900,
@@ -204,7 +170,9 @@ class RunOptions:
     micro_batch_size: int = 12  # most sequences per forward pass; bounds the memory
     max_steps: int | None = None  # stop this leg after so many steps
     max_minutes: float | None = None  # stop this leg after so many minutes
-    save_minutes: float = 10.0  # between checkpoints; one is also saved at every evaluation
+    save_minutes: float = (
+        10.0  # between checkpoints; one is also saved at every evaluation
+    )
     keep: int = 2  # checkpoints kept besides the best
     log: str = "none"  # or tensorboard, wandb
     deterministic: bool = False  # deterministic CUDA kernels; the CPU's are anyway
@@ -242,9 +210,6 @@ def check_division(batch_size: int, micro_batch_size: int, world_size: int) -> i
     return n_micro
 
 
-# What a checkpoint must hold
-
-
 @dataclass
 class TrainState:
     """Everything that a step changes, and so everything that a checkpoint holds."""
@@ -262,7 +227,8 @@ class TrainState:
 
     def state_dict(self) -> dict:
         state = {
-            name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")
+            name: getattr(self, name).state_dict()
+            for name in ("model", "optimizer", "scaler")
         }
         return state | {name: getattr(self, name) for name in self.COUNTERS}
 
@@ -302,7 +268,9 @@ def fresh_model(config: TrainConfig) -> GPT:
     """The model of a run before its first step, a function of the configuration alone."""
     torch.manual_seed(config.seed)
     model = GPT(config.model)
-    if config.zero_projections:  # then every block is the identity at first; Zhang et al. 2019
+    if (
+        config.zero_projections
+    ):  # then every block is the identity at first; Zhang et al. 2019
         for name, p in model.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.zeros_(p)
@@ -312,10 +280,10 @@ def fresh_model(config: TrainConfig) -> GPT:
 def optimizer_of(model: GPT, config: TrainConfig) -> torch.optim.Optimizer | Together:
     """The optimiser that a configuration asks for; `train` gives it its rate before every step."""
     make = {"adamw": make_adamw, "muon": make_muon}[config.optimizer]
-    return make(model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
+    return make(
+        model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2)
+    )
 
-
-# The numbers that go wrong
 
 MAX_SKIPPED_IN_A_ROW = 20
 
@@ -330,7 +298,9 @@ def check_finite(state: TrainState, row: dict, batches: Batches) -> None:
     if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
         state.skipped_in_a_row = 0
         return
-    where = f"step {state.step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}"
+    where = (
+        f"step {state.step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}"
+    )
     if state.scaler.is_enabled() and math.isfinite(row["loss"]):
         state.skipped += 1
         state.skipped_in_a_row += 1
@@ -343,9 +313,6 @@ def check_finite(state: TrainState, row: dict, batches: Batches) -> None:
         f"{where}; the crops begin at tokens {offsets}, ...; the last checkpoint is whole: "
         "with another --out, lower the learning rate or use --precision fp32"
     )
-
-
-# The loop, whole
 
 
 def train(
@@ -369,29 +336,37 @@ def train(
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         loss = torch.zeros((), device=device)
-        micro_batches = batches.micro_batches(state.step, micro_batch_size, world.rank, world.size)
+        micro_batches = batches.micro_batches(
+            state.step, micro_batch_size, world.rank, world.size
+        )
         for i, (x, y) in enumerate(to_device(micro_batches, device)):
             seed_dropout(config, state.step, i, world.rank)
             with world.accumulate(module, last=i == n_micro - 1):
                 with precision.autocast():
-                    part = module(x, y) / n_micro  # mean over the step, not over the micro-batch
+                    part = (
+                        module(x, y) / n_micro
+                    )  # mean over the step, not over the micro-batch
                 state.scaler.scale(part).backward()
             loss += part.detach()
         state.scaler.unscale_(state.optimizer)  # the clip must see true gradients
         norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-        row = {"loss": world.mean(loss).item(), "grad_norm": norm.item(), "learning_rate": rate}
+        row = {
+            "loss": world.mean(loss).item(),
+            "grad_norm": norm.item(),
+            "learning_rate": rate,
+        }
         row["scale"] = state.scaler.get_scale()
         if state.scaler.is_enabled():
             row["skipped"] = state.skipped
         check_finite(state, row, batches)
-        state.scaler.step(state.optimizer)  # skipped by itself if a gradient is not finite
+        state.scaler.step(
+            state.optimizer
+        )  # skipped by itself if a gradient is not finite
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         stop = on_step({"step": state.step} | row)
 
-
-# Evaluation with crops of its own
 
 EVAL_STEP = 2**63  # a key that no training step has
 
@@ -410,9 +385,6 @@ def validation_loss(
             total += module(x, y) * len(x)
     module.train(was_training)
     return (total / batches.batch_size).item()
-
-
-# Stopping when asked
 
 
 class Terminal:
@@ -438,8 +410,12 @@ class StopRequest:
         self.before: dict = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # other threads hear no signals
-            self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # other threads hear no signals
+            self.before = {
+                s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def note(self, number, frame) -> None:
@@ -458,9 +434,6 @@ class StopRequest:
         self.restore()
 
 
-# A run folder
-
-
 def open_run(
     config: TrainConfig, out: Path, tokenizer: Tokenizer, tokens: TokenFile, found: dict
 ) -> dict:
@@ -473,7 +446,10 @@ def open_run(
         "config": dataclasses.asdict(config),
         "machine": found,
         "tokenizer_hash": tokenizer.hash,
-        "data": {split: record["sha256"] for split, record in tokens.manifest["splits"].items()},
+        "data": {
+            split: record["sha256"]
+            for split, record in tokens.manifest["splits"].items()
+        },
     }
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -485,10 +461,14 @@ def open_run(
         ".tokenizer.json",
         "run.json.tmp-",
     )  # all that a kill can leave
-    if Path(out).exists() and not all(p.name.startswith(first_moment) for p in Path(out).iterdir()):
+    if Path(out).exists() and not all(
+        p.name.startswith(first_moment) for p in Path(out).iterdir()
+    ):
         raise RunError(f"{out} is not empty and holds no run; choose another --out")
     tokenizer.save(Path(out) / "tokenizer.json")
-    write_text(path, json.dumps(new, indent=1) + "\n")  # last: where it is, the folder is a run
+    write_text(
+        path, json.dumps(new, indent=1) + "\n"
+    )  # last: where it is, the folder is a run
     return new
 
 
@@ -508,7 +488,9 @@ def compare_records(old: dict, new: dict, out: Path) -> None:
             )
     was, found = old["machine"], new["machine"]
     changed = [
-        f"{key} {was.get(key)} -> {value}" for key, value in found.items() if was.get(key) != value
+        f"{key} {was.get(key)} -> {value}"
+        for key, value in found.items()
+        if was.get(key) != value
     ]
     if changed:
         print(
@@ -522,19 +504,20 @@ def flat(values: dict, prefix: str = "") -> dict:
     items = {}
     for key, value in values.items():
         items |= (
-            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {prefix + key: value}
         )
     return items
-
-
-# A leg of a run
 
 
 def settle_precision(out: Path, name: str, device: torch.device) -> Precision:
     """The run's own precision if it has begun, so that a second measurement cannot change its numbers."""
     path = out / "run.json"
     if name == "auto" and path.exists():
-        name = json.loads(path.read_text(encoding="utf-8"))["machine"].get("precision", name)
+        name = json.loads(path.read_text(encoding="utf-8"))["machine"].get(
+            "precision", name
+        )
     return pick_precision(device, name)
 
 
@@ -568,9 +551,18 @@ class Opened:
     """A run that is opened and brought to where it stands: what a leg works with."""
 
     def __init__(
-        self, config: TrainConfig, options: RunOptions, world: World, device: torch.device
+        self,
+        config: TrainConfig,
+        options: RunOptions,
+        world: World,
+        device: torch.device,
     ):
-        self.config, self.options, self.world, self.device = config, options, world, device
+        self.config, self.options, self.world, self.device = (
+            config,
+            options,
+            world,
+            device,
+        )
         self.out = Path(options.out)
         self.micro_batch_size = fit_micro_batch(
             config.batch_size, options.micro_batch_size, world.size
@@ -579,7 +571,9 @@ class Opened:
             config, progress=options.progress and world.is_main
         )
         self.precision = settle_precision(self.out, options.precision, device)
-        self.checkpoints = Checkpoints(self.out / "checkpoints", options.keep, say=self.say)
+        self.checkpoints = Checkpoints(
+            self.out / "checkpoints", options.keep, say=self.say
+        )
 
     def take_up(self, loss_fn: Callable) -> None:
         """Build the state, and load the newest whole checkpoint into it if there is one."""
@@ -588,12 +582,17 @@ class Opened:
                 "precision": self.precision.name,
                 "processes": self.world.size,
             }
-            machine |= {"micro_batch_size": self.micro_batch_size, "loss": name_of(loss_fn)}
+            machine |= {
+                "micro_batch_size": self.micro_batch_size,
+                "loss": name_of(loss_fn),
+            }
             open_run(self.config, self.out, self.tokenizer, self.tokens, machine)
             remove_leftovers(self.out)
             self.world.wait()
         model = fresh_model(self.config).to(self.device)
-        self.state = TrainState(model, optimizer_of(model, self.config), self.precision.scaler())
+        self.state = TrainState(
+            model, optimizer_of(model, self.config), self.precision.scaler()
+        )
         self.module = WithLoss(model, loss_fn)
         newest = self.checkpoints.load_newest()
         if newest:
@@ -616,7 +615,9 @@ class Leg(Opened):
     def run(self) -> None:
         config, options = self.config, self.options
         if self.state.step >= config.steps:
-            return self.say(f"{self.out} is finished: {self.state.step} steps; nothing to do")
+            return self.say(
+                f"{self.out} is finished: {self.state.step} steps; nothing to do"
+            )
         self.say(
             f"{self.device.type}, {self.precision.name} ({self.precision.reason}), from step {self.state.step}"
         )
@@ -712,7 +713,11 @@ class Journal:
     """What a leg writes besides checkpoints: `metrics.jsonl` (exact), `timings.jsonl` (measured), the progress bar."""
 
     def __init__(self, leg: Leg):
-        self.leg, self.active, self.progress = leg, leg.world.is_main, leg.options.progress
+        self.leg, self.active, self.progress = (
+            leg,
+            leg.world.is_main,
+            leg.options.progress,
+        )
         peak = peak_flops(
             leg.device, leg.precision.name
         )  # of one device, or None where it is not known
@@ -727,11 +732,18 @@ class Journal:
                 RowWriter(out / "timings.jsonl"),
             )
             self.logger = make_logger(
-                self.leg.options.log, out, dataclasses.asdict(config), self.leg.state.step
+                self.leg.options.log,
+                out,
+                dataclasses.asdict(config),
+                self.leg.state.step,
             )
             first, hidden = self.leg.state.step, not self.progress
             self.bar = tqdm(
-                total=config.steps, initial=first, unit="step", disable=hidden, file=Terminal()
+                total=config.steps,
+                initial=first,
+                unit="step",
+                disable=hidden,
+                file=Terminal(),
             )
         return self
 
@@ -739,7 +751,11 @@ class Journal:
         if not self.active:
             return
         rate = self.leg.config.tokens_per_step / seconds
-        timing = {"step": row["step"], "seconds_per_step": seconds, "tokens_per_second": rate}
+        timing = {
+            "step": row["step"],
+            "seconds_per_step": seconds,
+            "tokens_per_second": rate,
+        }
         if self.ideal_seconds:
             timing["mfu"] = self.ideal_seconds / seconds
         timing["peak_bytes"] = peak_memory(self.leg.device)
@@ -747,14 +763,17 @@ class Journal:
         self.timings.write(timing)
         self.logger.log(row | timing, row["step"])
         self.bar.update()
-        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
+        self.bar.set_postfix_str(
+            f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False
+        )
 
     def evaluation(self, row: dict) -> None:
         self.metrics.write(row)
         self.logger.log(row, row["step"])
         if self.progress:
             self.bar.write(
-                f"step {row['step']}: validation loss {row['validation_loss']:.4f}", file=Terminal()
+                f"step {row['step']}: validation loss {row['validation_loss']:.4f}",
+                file=Terminal(),
             )
 
     def sync(self) -> None:
@@ -779,7 +798,9 @@ class LoadedRun:
     step: int
 
 
-def load_run(path: Path | str, *, which: str = "best", device: str = "cpu") -> LoadedRun:
+def load_run(
+    path: Path | str, *, which: str = "best", device: str = "cpu"
+) -> LoadedRun:
     """The model of a run: its `best` checkpoint (by validation loss) or its `last`.
 
     A damaged checkpoint is reported and the newest whole one taken instead. Raises RunError for a
@@ -799,13 +820,19 @@ def load_run(path: Path | str, *, which: str = "best", device: str = "cpu") -> L
         raise RunError(
             f"{path}: tokenizer.json is not the tokenizer that the run was trained with; restore it"
         )
-    checkpoints = Checkpoints(path / "checkpoints", say=lambda text: print(text, file=sys.stderr))
-    found = (checkpoints.load_best() if which == "best" else None) or checkpoints.load_newest()
+    checkpoints = Checkpoints(
+        path / "checkpoints", say=lambda text: print(text, file=sys.stderr)
+    )
+    found = (
+        checkpoints.load_best() if which == "best" else None
+    ) or checkpoints.load_newest()
     if found is None:
         raise RunError(f"{path}: no checkpoint yet; let the run reach its first one")
     model = GPT(config.model)
     model.load_state_dict(found[1]["model"])
-    return LoadedRun(path, model.to(pick_device(device)).eval(), tokenizer, config, found[0])
+    return LoadedRun(
+        path, model.to(pick_device(device)).eval(), tokenizer, config, found[0]
+    )
 
 
 def run_training(
@@ -834,12 +861,11 @@ def run_training(
         leave_world()
 
 
-# What went into gptlib
-
-
 def make_deterministic() -> None:
     """Deterministic kernels on CUDA, at some cost in speed; call it before the first computation there."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # cuBLAS reads it when it starts
     torch.use_deterministic_algorithms(True)
 
 
@@ -850,15 +876,22 @@ def small_run() -> LoadedRun:
     """
     config = dataclasses.replace(PRESETS["demo"], steps=450, eval_interval=225)
     digest = hashlib.sha256(repr(config).encode())
-    for source in sorted(Path(sys.modules[GPT.__module__].__file__).parent.glob("*.py")):
+    for source in sorted(
+        Path(sys.modules[GPT.__module__].__file__).parent.glob("*.py")
+    ):
         digest.update(source.read_bytes())
     out = cache_dir() / "small_runs" / digest.hexdigest()[:16]
     options = RunOptions(out=out, precision="fp32", micro_batch_size=16, progress=False)
-    with one_at_a_time(out.with_suffix(".lock")), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        one_at_a_time(out.with_suffix(".lock")),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         return run_training(config, options)
 
 
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED")
+OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
+)
 
 
 @contextlib.contextmanager

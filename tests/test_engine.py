@@ -26,13 +26,13 @@ import pytest
 import torch
 
 from gptlib import speed, training
-from gptlib.checkpoints import CheckpointError, Checkpoints, RunLock
-from gptlib.devices import Precision
+from gptlib.workshop.checkpoints import CheckpointError, Checkpoints, RunLock
+from gptlib.workshop.devices import Precision
 from gptlib.gpt import GPTConfig
 from gptlib.tokenizer import Tokenizer, train_bpe
 from gptlib.training import NonFiniteError, RunError, RunOptions, TrainConfig, run_training
 from gptlib.training import errors_in_one_line as one_line
-from gptlib.watching import read_rows
+from gptlib.workshop.watching import read_rows
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and processes")
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=320)

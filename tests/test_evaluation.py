@@ -26,7 +26,7 @@ from gptlib.evaluation import (
     windows,
 )
 from gptlib.gpt import GPT, GPTConfig
-from gptlib.tinywiki import Probe
+from gptlib.workshop.tinywiki import Probe
 from gptlib.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 WIKITEXT = "wikitext-sample:wikitext-103-raw-v1"

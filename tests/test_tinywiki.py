@@ -11,7 +11,7 @@ import tracemalloc
 
 import pytest
 
-from gptlib.tinywiki import (
+from gptlib.workshop.tinywiki import (
     DEFAULT_BYTES,
     FAMOUS,
     GRAMMAR,
@@ -52,7 +52,7 @@ def test_the_text_is_the_same_everywhere(corpus):
 
 @pytest.mark.parametrize("salt", ["0", "1"])
 def test_the_shell_command_does_not_depend_on_hash_order(corpus, salt):
-    command = [sys.executable, "-m", "gptlib.tinywiki", "--split", "test", "--bytes", "20000"]
+    command = [sys.executable, "-m", "gptlib.workshop.tinywiki", "--split", "test", "--bytes", "20000"]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONHASHSEED": salt}, capture_output=True, check=True
     )
@@ -275,6 +275,6 @@ def test_bad_arguments_give_one_line(call, words):
 
 def test_the_shell_says_what_is_wrong():
     done = subprocess.run(
-        [sys.executable, "-m", "gptlib.tinywiki", "--split", "dev"], capture_output=True, text=True
+        [sys.executable, "-m", "gptlib.workshop.tinywiki", "--split", "dev"], capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stderr.startswith("tinywiki: split 'dev' is unknown")

@@ -157,7 +157,7 @@ def test_random_vocabularies_agree_with_tiktoken():
 
 
 def test_all_of_tinywiki(own):
-    from gptlib.tinywiki import TinyWiki
+    from gptlib.workshop.tinywiki import TinyWiki
 
     text = "".join(article.text for article in TinyWiki(seed=0).articles("validation"))
     words = split_words(text)
@@ -168,7 +168,7 @@ def test_all_of_tinywiki(own):
 
 
 def test_training_on_tinywiki_is_quick():
-    from gptlib.tinywiki import TinyWiki
+    from gptlib.workshop.tinywiki import TinyWiki
 
     texts = [article.text for article in TinyWiki(seed=0).articles("train")]
     start = time.process_time()

@@ -106,7 +106,7 @@ def run_one(name: str, changes: dict, seed: int) -> dict:
     from gptlib.batches import load_tokens
     from gptlib.evaluation import token_losses
     from gptlib.training import RunOptions, run_training
-    from gptlib.watching import read_rows
+    from gptlib.workshop.watching import read_rows
 
     config = config_of(changes, seed, own_tokenizer())
     with tempfile.TemporaryDirectory() as folder:

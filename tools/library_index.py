@@ -26,14 +26,14 @@ def first_line(node: ast.AST) -> str:
 
 
 def section(chapter) -> str:
-    tree = ast.parse((PACKAGE / f"{chapter.module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(chapter.module_path.read_text(encoding="utf-8"))
     rows = []
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             kind = "class " if isinstance(node, ast.ClassDef) else ""
             rows.append(f"`{kind}{node.name}`\n: {first_line(node) or 'See the chapter.'}\n")
     return (
-        f"## gptlib.{chapter.module}\n\nFrom {{doc}}`{chapter.title} <../notebooks/{chapter.stem}>`.\n\n"
+        f"## gptlib.{chapter.module}\n\nFrom {{doc}}`{chapter.title} <../notebooks/{chapter.notebook_path.with_suffix('')}>`.\n\n"
         + "\n".join(rows)
     )
 

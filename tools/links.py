@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from manuscripts import CHAPTERS, ROOT
+from manuscripts import ROOT
 
 LABEL = re.compile(
     r"^\(([\w-]+)\)=|^:?:?\s*(?:label|name):\s*([\w-]+)|name: ([\w-]+)\}?", re.MULTILINE
@@ -23,7 +23,7 @@ FILE_LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)\s]+)\)")
 def main() -> None:
     texts = {
         path: path.read_text(encoding="utf-8")
-        for path in [*CHAPTERS.glob("*.md"), *(ROOT / "book").glob("*.md")]
+        for path in [*(ROOT / "book").rglob("*.md")]
     }
     labels = {
         name for text in texts.values() for found in LABEL.findall(text) for name in found if name

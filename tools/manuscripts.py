@@ -1,9 +1,10 @@
-"""What tangle and weave share: the list of chapters and how a manuscript is read."""
+"""What the tools share: the list of chapters, and how a manuscript is read."""
 
 from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -12,19 +13,19 @@ import jupytext
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAPTERS = ROOT / "book" / "chapters"
+BOOK = ROOT / "book"
 NOTEBOOKS = ROOT / "notebooks"
 PACKAGE = ROOT / "gptlib"
-STEM = re.compile(r"(?P<order>A?\d+)_(?P<module>[a-z][a-z0-9_]*)")
+STEM = re.compile(r"(?P<workshop>W?)(?P<number>\d+)_(?P<name>[a-z][a-z0-9_]*)")
 
 
 class ManuscriptError(ValueError):
-    """A manuscript that cannot be tangled or woven; the message names the chapter and the cure."""
+    """A manuscript that cannot be used; the message names the chapter and the cure."""
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """One manuscript: `book/chapters/NN_name.md`."""
+    """One manuscript: `book/chapters/NN_name.md` or `book/workshop/WN_name.md`."""
 
     path: Path
 
@@ -32,23 +33,27 @@ class Chapter:
     def stem(self) -> str:
         return self.path.stem
 
-    @cached_property
-    def module(self) -> str:
-        """The module it exports: the chapter's name, unless its header says `gptlib: {module: other}`."""
-        named = re.search(
-            r"^gptlib: \{module: (\w+)\}$", self.text.split("\n---\n")[0], re.MULTILINE
-        )
-        return named[1] if named else STEM.fullmatch(self.stem)["module"]
+    @property
+    def workshop(self) -> bool:
+        return self.stem.startswith("W")
 
     @property
-    def sort_key(self) -> tuple[int, int]:
-        """Appendices (A1, A2, ...) come before chapter 1, since chapters may build on them."""
-        order = STEM.fullmatch(self.stem)["order"]
-        return (0, int(order[1:])) if order.startswith("A") else (1, int(order))
+    def number(self) -> int:
+        return int(STEM.fullmatch(self.stem)["number"])
+
+    @property
+    def module(self) -> str:
+        """The module below `gptlib` that it exports: `attention`, `workshop.files`."""
+        return ("workshop." if self.workshop else "") + STEM.fullmatch(self.stem)["name"]
+
+    @property
+    def module_path(self) -> Path:
+        return PACKAGE.joinpath(*self.module.split(".")).with_suffix(".py")
 
     @property
     def notebook_path(self) -> Path:
-        return NOTEBOOKS / f"{self.stem}.ipynb"
+        """Where its notebook lies, below the folder of notebooks."""
+        return Path("workshop" if self.workshop else "") / f"{self.stem}.ipynb"
 
     @cached_property
     def text(self) -> str:
@@ -63,41 +68,48 @@ class Chapter:
     def title(self) -> str:
         found = re.search(r"^# (.+)$", self.text, re.MULTILINE)
         if not found:
-            raise ManuscriptError(f"{self.stem}: no title; begin the chapter with a line '# Title'")
+            raise ManuscriptError(f"{self.stem}: no title; begin with a line '# Title'")
         return found[1].strip()
 
     @property
     def code_cells(self) -> list[nbformat.NotebookNode]:
         return [cell for cell in self.notebook.cells if cell.cell_type == "code"]
 
+    @property
+    def exported(self) -> list[nbformat.NotebookNode]:
+        """The cells that make the module."""
+        return [c for c in self.code_cells if "export" in c.metadata.get("tags", [])]
+
 
 @cache
 def chapters() -> tuple[Chapter, ...]:
-    """All manuscripts in the order in which modules may build on each other."""
-    found = [Chapter(path) for path in CHAPTERS.glob("*.md")]
+    """All manuscripts: the lessons by number, then the workshop by number."""
+    found = [Chapter(p) for part in ("chapters", "workshop") for p in (BOOK / part).glob("*.md")]
     for chapter in found:
         if not STEM.fullmatch(chapter.stem):
-            raise ManuscriptError(
-                f"{chapter.path.name}: name it NN_name.md, such as 04_attention.md"
-            )
-    return tuple(sorted(found, key=lambda chapter: chapter.sort_key))
+            raise ManuscriptError(f"{chapter.path.name}: name it NN_name.md or WN_name.md")
+    return tuple(sorted(found, key=lambda chapter: (chapter.workshop, chapter.number)))
+
+
+@cache
+def floors() -> tuple[str, ...]:
+    """The modules of gptlib from the ground up; each may import those before it."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return tuple(settings["tool"]["gptlib"]["floors"])
 
 
 def plain_python(source: str) -> str:
-    """The cell's source with IPython magics and shell lines blanked out, so that `ast` can read it."""
-    return "\n".join(
-        "" if line.lstrip().startswith(("%", "!")) else line for line in source.split("\n")
-    )
+    """A cell's source without IPython magics and shell lines, so that `ast` can read it."""
+    lines = source.split("\n")
+    return "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines)
 
 
 def gptlib_imports(source: str) -> set[str]:
-    """Names of the gptlib modules that a piece of Python imports."""
-    modules = set()
+    """Names below `gptlib` that a piece of Python imports, wherever it does."""
+    named = set()
     for node in ast.walk(ast.parse(plain_python(source))):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            named |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
-        modules.update(name.split(".")[1] for name in names if name.startswith("gptlib."))
-    return modules & {chapter.module for chapter in chapters()}
+            named |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+    return {n.removeprefix("gptlib.") for n in named} & set(floors())

@@ -29,14 +29,14 @@ def fill(stage: Path) -> None:
         elif source.exists():
             shutil.copy(source, target)
     wanted = {chapter.notebook_path.name for chapter in chapters()}
-    for path in (stage / "notebooks").glob("*.ipynb"):
+    for path in (stage / "notebooks").rglob("*.ipynb"):
         if path.name not in wanted:
             path.unlink()
 
 
 def report(stage: Path) -> None:
     """Print the output of the cells tagged `summary` in the last chapter."""
-    last = stage / "notebooks" / chapters()[-1].notebook_path.name
+    last = stage / "notebooks" / next(c for c in chapters() if c.module == "pretraining").notebook_path
     for cell in nbformat.read(last, as_version=4).cells:
         if "summary" in cell.metadata.get("tags", []):
             print("".join(output.get("text", "") for output in cell.outputs).rstrip())

@@ -32,10 +32,14 @@ KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3
 CURE = "mend: run `make weave` and commit notebooks/"
 
 
+def source_path(module: str) -> Path:
+    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+
+
 @cache
 def imports_of_module(module: str) -> frozenset[str]:
     """gptlib modules that a module needs, itself included."""
-    direct = gptlib_imports((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    direct = gptlib_imports(source_path(module).read_text(encoding="utf-8"))
     return frozenset({module}).union(*(imports_of_module(name) for name in direct))
 
 
@@ -50,7 +54,7 @@ def source_hash(chapter: Chapter) -> str:
     )
     digest = hashlib.sha256()
     for part in code + [
-        (PACKAGE / f"{name}.py").read_text(encoding="utf-8") for name in sorted(needed)
+        source_path(name).read_text(encoding="utf-8") for name in sorted(needed)
     ]:
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
@@ -70,7 +74,6 @@ def inputs(chapter: Chapter) -> nbformat.NotebookNode:
         }
         cells.append(make(cell.source, id=f"{key}-{seen[key]}", metadata=metadata))
     metadata = {
-        "jupytext": {"formats": "notebooks///ipynb,book/chapters///md:myst"},
         "kernelspec": KERNELSPEC,
         "language_info": {"name": "python"},
         "gptlib": {
@@ -180,9 +183,10 @@ def main() -> None:
     options.to.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     for number, chapter in enumerate(chosen, start=1):
-        path = options.to / chapter.notebook_path.name
+        path = options.to / chapter.notebook_path
+        path.parent.mkdir(parents=True, exist_ok=True)
         stored = next(
-            (nbformat.read(p, as_version=4) for p in (path, chapter.notebook_path) if p.exists()),
+            (nbformat.read(p, as_version=4) for p in (path, NOTEBOOKS / chapter.notebook_path) if p.exists()),
             None,
         )
         if options.inputs:
@@ -220,14 +224,14 @@ def main() -> None:
             unchanged = False
         if not unchanged:
             try:
-                execute(notebook, options.to)
+                execute(notebook, path.parent)
             except ManuscriptError as error:
                 print()
                 raise ManuscriptError(f"{chapter.stem}: {error}") from None
             done = f"{time.perf_counter() - began:.1f} s"
         write(notebook, path)
         print(done, flush=True)
-    stale = {p.name for p in options.to.glob("*.ipynb")} - {
+    stale = {p.name for p in options.to.rglob("*.ipynb")} - {
         c.notebook_path.name for c in chapters()
     }
     if stale:
@@ -246,12 +250,12 @@ def write(notebook: nbformat.NotebookNode, path: Path) -> None:
 def check(chosen: list[Chapter]) -> None:
     stale = []
     for chapter in chosen:
-        why = problem(chapter, chapter.notebook_path)
+        why = problem(chapter, NOTEBOOKS / chapter.notebook_path)
         if why:
             stale.append(chapter.stem)
             print(f"notebooks/{chapter.stem}.ipynb: {why}")
-            if chapter.notebook_path.exists():
-                stored = nbformat.read(chapter.notebook_path, as_version=4)
+            if (NOTEBOOKS / chapter.notebook_path).exists():
+                stored = nbformat.read(NOTEBOOKS / chapter.notebook_path, as_version=4)
                 old, new = (
                     "\n".join(cell.source for cell in nb.cells).split("\n")
                     for nb in (stored, inputs(chapter))

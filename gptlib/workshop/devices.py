@@ -1,6 +1,6 @@
 """Which machine am I on.
 
-Tangled from book/chapters/A3_devices.md; change it there, not here.
+Tangled from book/workshop/W3_devices.md; change it there, not here.
 """
 
 from __future__ import annotations
@@ -14,24 +14,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-
-__all__ = [
-    "DeviceError",
-    "pick_device",
-    "check_against_cpu",
-    "Precision",
-    "PRECISIONS",
-    "pick_precision",
-    "fp16_is_sound",
-    "cpu_bf16_speed",
-    "GPU_PEAKS",
-    "peak_flops",
-    "peak_memory",
-    "total_memory",
-    "describe_machine",
-]
-
-# The device
 
 
 class DeviceError(ValueError):
@@ -70,20 +52,21 @@ def check_against_cpu(device: torch.device, tolerance: float = 1e-4) -> None:
     q, k, v = torch.randn(3, 2, 4, 32, 16, generator=generator)
     results = []
     for place in (torch.device("cpu"), device):
-        leaf = q.detach().clone().to(place).requires_grad_()  # a leaf of its own on each device
+        leaf = (
+            q.detach().clone().to(place).requires_grad_()
+        )  # a leaf of its own on each device
         y = torch.nn.functional.scaled_dot_product_attention(
             leaf, k.to(place), v.to(place), is_causal=True
         )
         y.log_softmax(-1).square().sum().backward()
-        results.append(torch.cat([y.detach().flatten().cpu(), leaf.grad.flatten().cpu()]))
+        results.append(
+            torch.cat([y.detach().flatten().cpu(), leaf.grad.flatten().cpu()])
+        )
     worst = (results[0] - results[1]).abs().max().item()
     if not worst < tolerance:
         raise DeviceError(
             f"{device} computes attention that is {worst:.1e} off the CPU's; use --device cpu"
         )
-
-
-# The precision
 
 
 @dataclass(frozen=True)
@@ -96,7 +79,9 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+            self.name
+        ]
 
     def autocast(self):
         """Context in which matmuls run in `dtype`; does nothing for fp32."""
@@ -118,7 +103,9 @@ def pick_precision(device: torch.device, name: str = "auto") -> Precision:
     Raises DeviceError for an unknown name and for fp16 training on the CPU.
     """
     if name not in PRECISIONS:
-        raise DeviceError(f"unknown precision {name!r}; there are {', '.join(PRECISIONS)}")
+        raise DeviceError(
+            f"unknown precision {name!r}; there are {', '.join(PRECISIONS)}"
+        )
     if name != "auto":
         if name == "fp16" and device.type == "cpu":
             raise DeviceError("fp16 training needs CUDA; use bf16 or fp32 on the CPU")
@@ -126,18 +113,24 @@ def pick_precision(device: torch.device, name: str = "auto") -> Precision:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major >= 8:  # is_bf16_supported() also says yes where bf16 is emulated
-            return Precision("bf16", f"compute capability {major}.{minor} has bf16 units", "cuda")
+            return Precision(
+                "bf16", f"compute capability {major}.{minor} has bf16 units", "cuda"
+            )
         if major >= 7 and fp16_is_sound(device):
             return Precision(
                 "fp16", f"compute capability {major}.{minor} has no bf16 units", "cuda"
             )
         return Precision(
-            "fp32", f"fp16 of compute capability {major}.{minor} is missing or gives NaN", "cuda"
+            "fp32",
+            f"fp16 of compute capability {major}.{minor} is missing or gives NaN",
+            "cuda",
         )
     if device.type == "cpu":
         ratio = cpu_bf16_speed()
         if ratio > 1.2:
-            return Precision("bf16", "this processor multiplies bf16 faster than fp32", "cpu")
+            return Precision(
+                "bf16", "this processor multiplies bf16 faster than fp32", "cpu"
+            )
         return Precision("fp32", "bf16 is no faster than fp32 on this processor", "cpu")
     return Precision("fp32", "the safe choice on this device", device.type)
 
@@ -153,7 +146,10 @@ def fp16_is_sound(device: torch.device) -> bool:
 
 def cpu_bf16_speed(size: int = 768, seconds: float = 0.1) -> float:
     """How many times faster the CPU multiplies bf16 matrices than fp32 ones; 0 where it only emulates bf16."""
-    if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
+    if (
+        platform.machine() in ("x86_64", "AMD64")
+        and not torch.cpu._is_avx512_bf16_supported()
+    ):
         return 0.0
     rates = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -166,8 +162,6 @@ def cpu_bf16_speed(size: int = 768, seconds: float = 0.1) -> float:
         rates.append(done / (time.perf_counter() - began))
     return rates[1] / rates[0]
 
-
-# What it can do at best
 
 # dense peak in TFLOP/s from the makers' data sheets: (fp32 without TF32, bf16 or fp16 with fp32 accumulation)
 GPU_PEAKS = {

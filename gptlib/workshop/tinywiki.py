@@ -1,72 +1,9 @@
----
-jupytext:
-  formats: ipynb,md:myst
-  text_representation: {extension: .md, format_name: myst}
-kernelspec: {display_name: Python 3, language: python, name: python3}
----
-(app-tinywiki)=
-# TinyWiki: a corpus whose entropy is known
+"""TinyWiki: a corpus whose entropy is known.
 
-How low can the loss go? The report this book follows ends its training with a validation loss of 3.674 {cite}`zhou2023tinytiny`, and nothing in the report can say how much lower it could have been. The loss of a perfect model of Wikipedia is not zero, because nobody can foresee which of several true sentences an author will write next; but what it is, nobody knows. Shannon estimated it for printed English by letting people guess letters {cite}`shannon1951prediction`. This appendix goes the other way. It writes an encyclopedia of a world that does not exist, in the format of WikiText-103 {cite}`merity2017pointer`, by a procedure that keeps an account of every random choice it makes. The sum of that account is the lowest loss that any model can reach on the text, on average, and it can be drawn as a line, the *floor*, into loss plots of this book.
+Tangled from book/workshop/W9_tinywiki.md; change it there, not here.
+"""
 
-*You will be able to* say what the entropy floor of a corpus is and compute one by hand; write a grammar as data, and use the same data to write and to read; tell for which reader a floor holds; and make random text that is the same, byte for byte, on every machine.
-
-*Needs* nothing but Python's standard library. *Exports* `TinyWiki`, `Article`, `Probe` and the tables behind them to `gptlib/tinywiki.py`, the first module of the library: when no network can be had, this is what the models of the book read.
-
-```{code-cell} ipython3
-import collections
-import math
-import os
-import statistics
-import subprocess
-import time
-
-import matplotlib.pyplot as plt
-
-plt.style.use("gptlib.book")
-```
-
-## Four sentences about a town
-
-Take a language with this grammar. An article is about one of four towns, each as likely as the others. Its first sentence has one of two wordings, with equal chances. With a chance of one in four a second sentence follows, `It is old .`, and in three of four cases the article ends without it. The river in the first sentence is no choice at all: each town has its river, and it is a matter of fact which.
-
-```{code-cell} ipython3
-rivers = {"Aln": "Isk", "Bex": "Ore", "Cam": "Isk", "Dun": "Lyr"}
-wordings = ["{town} lies on the {river} .", "The {river} flows past {town} ."]
-tiny = {}
-for town, river in rivers.items():
-    for wording in wordings:
-        for ending, chance in (("", 3 / 4), (" It is old .", 1 / 4)):
-            text = wording.format(town=town, river=river) + ending
-            tiny[text] = 1 / 4 * 1 / 2 * chance
-assert len(tiny) == 16 and sum(tiny.values()) == 1, "the chances of all texts must add up to one"
-print("\n".join(f"{chance:.4f}  {text}" for text, chance in list(tiny.items())[:4]))
-```
-
-The language has sixteen texts, and we know the probability $p(x)$ of each text $x$. A model gives the same text some probability $q(x)$, and its loss on it is $-\ln q(x)$ nats. Averaged over texts that the language produces, the loss is the cross-entropy, and it splits into two parts:
-
-```{math}
-:label: eq-tinywiki-gibbs
--\sum_x p(x) \ln q(x) = \underbrace{-\sum_x p(x) \ln p(x)}_{H(p)} + \underbrace{\sum_x p(x) \ln \frac{p(x)}{q(x)}}_{\ge 0}.
-```
-
-The second sum, the divergence of $q$ from $p$, is never negative and vanishes only for $q = p$. The first does not mention the model. It is the entropy $H(p)$, and it is the floor: a property of the language that no size of model and no length of training can change. By hand, since the choices are independent and the logarithm turns products into sums, it is $\ln 4$ for the town, $\ln 2$ for the wording and $\frac34 \ln \frac43 + \frac14 \ln 4$ for the ending, which makes 2.642 nats per article.
-
-```{code-cell} ipython3
-by_hand = math.log(4) + math.log(2) + 3 / 4 * math.log(4 / 3) + 1 / 4 * math.log(4)
-by_sum = -sum(p * math.log(p) for p in tiny.values())
-assert abs(by_hand - by_sum) < 1e-12, "does the sum run over all texts?"
-print(f"{by_sum:.3f} nats per article")
-```
-
-Two things in this small example return throughout. The first is that the probability of a text is the product of the chances along the way that led to it, so a writer who notes $-\ln$ of each chance has the price of the text, $-\ln p(x)$, when it is finished, and the average price of many texts is the floor. This is true only if there is one way to write each text; if there were two, the probabilities of both would have to be added, and the note would be too high. The second is the river. We counted it as free, because a reader who knows the towns learns nothing from it. A reader who has never heard of Aln pays for the name of its river the first time it is mentioned, and if three rivers are equally likely the price is $\ln 3$. There are thus two floors, one for the reader who knows the facts and one for the reader who knows only how the language works.
-
-## Chance that is the same everywhere
-
-The text must be the same on every machine: a stored result means nothing if next year's Python draws other articles. Python promises that `random.random()` keeps its sequence for a given seed, but makes no such promise for `choice`, `shuffle` or `randrange`, which have changed between versions; `hash()` of a string differs from one process to the next on purpose; sets are ordered by such hashes; and a decision such as `u < 0.1 + 0.2` depends on the rounding of floating-point numbers. So TinyWiki uses integers only, and takes them from a cryptographic digest, whose standard fixes each bit: the words of the stream called $s$, eight at a time, are the digest of the string "seed/s/0", then of "seed/s/1", and so on. Its only state is the counter, so article 90,000 can be written without the 89,999 before it, and adding a stream disturbs no other.
-
-```{code-cell} ipython3
-:tags: [export]
+from __future__ import annotations
 
 import argparse
 import hashlib
@@ -78,10 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import NamedTuple
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 class Draws:
     """Whole numbers that depend on (seed, stream, how many were drawn before) and on nothing else.
@@ -109,26 +43,7 @@ class Draws:
             if left < 0:
                 return position
         raise ValueError(f"weights {weights} must be non-negative and not all zero")
-```
 
-A 64-bit word $w$ becomes a number below $n$ by taking $\lfloor wn / 2^{64} \rfloor$. For the sizes in question the chances differ from $1/n$ by less than $10^{-15}$, which leaves the logarithms right to more digits than we shall print. The first numbers of a stream are a test that any machine can repeat, and six thousand throws of a die must come out evenly enough.
-
-```{code-cell} ipython3
-draws = Draws(0, "die")
-print([draws.below(6) + 1 for _ in range(12)])
-throws = collections.Counter(draws.below(6) for _ in range(6000))
-chi_square = sum((count - 1000) ** 2 / 1000 for count in throws.values())
-assert chi_square < 20.5, "a fair die exceeds 20.5 in one of a thousand such tests"
-```
-
-## Seven kinds of article
-
-The world has towns, rivers, football teams, species, ships, albums and people. Each kind is described by data alone: the parts from which its names are put together, the facts that hold of each member, and the grammar of its article. Towns are shown here.
-
-A fact is a table of equally likely values, a range of years, or an entity of another kind: `"@town"` means that the value is a town, and `"@mariner"` that it is a person with that job. The functions that follow write numbers, lengths and lists as WikiText does, with ` @,@ ` for the comma and ` @.@ ` for the point in a number.
-
-```{code-cell} ipython3
-:tags: [export]
 
 def number(value: int) -> str:
     """A count as WikiText writes it: 14300 -> '14 @,@ 300'."""
@@ -142,8 +57,12 @@ def table(text: str) -> tuple[str, ...]:
 
 JOBS = table("singer / naturalist / mariner / football coach / painter / novelist")
 JOB_WORDS = {  # further words that go with the job
-    "craft": table("music / natural history / navigation / football / painting / literature"),
-    "works": table("songs / field notes / charts / match notebooks / canvases / novels"),
+    "craft": table(
+        "music / natural history / navigation / football / painting / literature"
+    ),
+    "works": table(
+        "songs / field notes / charts / match notebooks / canvases / novels"
+    ),
     "place": table("stage / wetlands / sea / touchline / studio / writing desk"),
 }
 MONTHS = table(
@@ -152,16 +71,10 @@ MONTHS = table(
 METRES = tuple(f"{m} m ( {m * 3281 // 1000} ft )" for m in range(60, 160, 4))
 KILOMETRES = tuple(f"{km} km ( {km * 621 // 1000} mi )" for km in range(60, 360, 6))
 MILLIMETRES = tuple(
-    f"{mm} mm ( {mm * 394 // 10000} @.@ {mm * 394 // 1000 % 10} in )" for mm in range(14, 74, 2)
+    f"{mm} mm ( {mm * 394 // 10000} @.@ {mm * 394 // 1000 % 10} in )"
+    for mm in range(14, 74, 2)
 )
-```
 
-The grammar is written in a notation of a few marks. A line that begins with `==` opens a section and states its chance in sixteenths, then its heading. A line with `--` opens a further paragraph, and one with `*` a sentence; the lines under it are its wordings, all equally likely. Inside a wording `{river}` is a fact of the subject, and `{native.job}` a fact of a fact; `[lies|stands]` is a choice among equals, one of which may be empty; and `<1640..1699>` or `<x=town>` is a filler, drawn afresh for this article, to which `{x.river}` may refer later in the sentence. Fillers stand for what happens again and again, such as floods, visits and matches, so that two articles about the same town can differ without contradicting each other. `if native` makes a paragraph or section exist only for those subjects that have such a fact. The first sentence of each paragraph has weight 16, so that it is always there and no paragraph comes out empty.
-
-### Towns
-
-```{code-cell} ipython3
-:tags: [export]
 
 TOWN_NAMES = (
     "Varn Kel Mor Tarr Ost Brin Hald Lund Sker Thorn Wend Grav Fell Ash Bram Cald Dun Eller Farn Gild "
@@ -195,10 +108,7 @@ TOWN_FACTS = {
     "junction": "@town",
     "fair": MONTHS,
 }
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 TOWN_LEAD = """
 == 16
@@ -221,10 +131,7 @@ Its [principal|chief|main] trade [is|has long been] {trade} .
 Most of the {trade} sold in {region} [comes from|passes through] {name} .
 The [merchants|families] of {name} [have dealt|have traded] in {trade} [since the Middle Ages|for generations] .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 TOWN_HISTORY = """
 == 15 | [History|Early history|Origins]
@@ -254,10 +161,7 @@ The town is the birthplace of the {native.job} {native} .
 Its [best @-@ known native|most famous child] is the {native.job} {native} ( born {native.born} ) .
 A plaque near the {landmark} marks the house in which the {native.job} {native} was born .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 TOWN_COUNCIL = """
 == 11 | [Government|Administration|Education and government]
@@ -274,10 +178,7 @@ There are <2..9> schools [and a library|, the oldest of them beside the {landmar
 [Gas|Electric] light was [introduced|brought in] in <1870..1929> .
 [Water|Drinking water] has come from the {river} since <1870..1929> .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 TOWN_LIFE = """
 == 13 | [Landmarks|Buildings|Architecture]
@@ -307,14 +208,7 @@ Football is popular , and the {team} draws [large crowds|visitors] to {team.grou
 At {team.ground} one may watch the {team} , [called|nicknamed] {team.nickname} .
 Its women footballers , {team.nickname} , play in {team.colours} .
 """
-```
 
-Each relation has at least five wordings, and most wordings branch again. The first sentence of a town, for instance, can be written in 23 ways before any fact is filled in. Some begin with the town's name and `is a town on the River`, and the last part of this appendix will stop there to ask a model what it remembers. The other six kinds follow the same pattern, and their data are folded away on the page.
-
-### Rivers
-
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 RIVER_NAMES = (
     "Al Bel Cor Dar El Fen Gar Hel Is Jan Kar Lir Mel Nar Or Pol Quil Ros Sav Tam Ur Ver Wen Yss Zar "
@@ -331,15 +225,14 @@ RIVER_FACTS = {
         "the Quern Hills / the Harrow Mountains / Lake Ysel / the Black Moor / the Tolland Heights / Mount Averne / the Sisters / the Kettle Marshes"
     ),
     "basin": tuple(f"{number(200 * k)} square kilometres" for k in range(6, 66)),
-    "fish": table("trout / salmon / pike / perch / eels / grayling / sturgeon / barbel"),
+    "fish": table(
+        "trout / salmon / pike / perch / eels / grayling / sturgeon / barbel"
+    ),
     "surveyor": "@mariner",
     "surveyed": range(1930, 1960),
     "tint": table("brown / green / grey / amber / blue / milky"),
 }
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 RIVER_LEAD = """
 == 16
@@ -362,10 +255,7 @@ It drains {basin} [of hill and meadow|of the country] .
 The catchment , of {basin} , is [mostly|largely] [farmland|forest|moor] .
 Rain from {basin} [finds its way|runs off] into the river .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 RIVER_COURSE = """
 == 14 if towns | [Course|Geography|Course and towns]
@@ -395,10 +285,7 @@ In the winter of <1700..1959> the river froze for <2..13> weeks .
 [Dykes|Embankments] [were built|were raised] along the lower river after the flood of <1700..1959> .
 The drought of <1700..1959> [left|made] the river [too low for boats|shallow enough to wade] for <2..13> weeks .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 RIVER_LIFE = """
 == 12 | [Wildlife|Fishing|Ecology]
@@ -428,10 +315,7 @@ The chart is [kept|preserved] in <x=town> .
 It [replaced|corrected] a map [of|from] <1780..1899> .
 [Pilots|Bargemen] used the chart [for|over] <10..40> years .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 RIVER_USE = """
 == 11 | [Use|Mills and bridges|Economy|Human use]
@@ -448,14 +332,7 @@ A power station [has stood|has worked] near the [source|mouth] since <1910..1949
 [Tolls|Customs] on the river were [abolished|done away with] in <1790..1899> .
 [Each|Every] <month> a [rowing race|procession of boats] is held on the river .
 """
-```
 
-### Teams
-
-The title of a team contains its town, so a team has no name of its own to learn. The lead follows the article on the Gambia that the report quotes.
-
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 TEAM_FACTS = {
     "nickname": table(
@@ -476,10 +353,7 @@ TEAM_FACTS = {
     ),
     "finish_year": (1956, 1960, 1964, 1968),
 }
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 TEAM_LEAD = """
 == 16
@@ -502,10 +376,7 @@ It has [existed|played] since {founded} .
 The [football association|association] of {town} [founded|set up] the team in {founded} .
 Founded in {founded} , it is [run|managed] by the [football association|association] of {town} .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 TEAM_HOME = """
 == 13 | [Ground|Home ground|Stadium]
@@ -522,10 +393,7 @@ The [record|largest] crowd , in <1950..1964> , [watched|came for] a match agains
 From the [stand|terrace] one sees the {town.landmark} of {town} .
 The {town.landmark} [can be seen from|stands behind] the [north|south|east|west] [stand|goal] .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 TEAM_RECORD = """
 == 15 | [Results|History|Matches|Competition record]
@@ -548,10 +416,7 @@ The return match [was drawn|was lost|was never played] .
 [It then went|The team went] <3..12> matches without [defeat|a win] .
 A [tour|journey] to <x=town/town> [followed|ended badly] .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 TEAM_RIVALS = """
 -- 13
@@ -568,10 +433,7 @@ Its coach [is|was for many years] {coach} , [born in|who comes from] {coach.town
 In <1950..1964> {coach} [became|was appointed] coach .
 Under {coach} the team [learned to defend|played an attacking game] .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 TEAM_PLAYERS = """
 == 11 | [Players|Squad|Players and staff]
@@ -588,12 +450,7 @@ The team doctor came from <x=town/town> [and stayed for <3..20> years|] .
 [Goals|Free kicks] were [long|once] a speciality of the side , which scored <20..70> in <1955..1969> .
 [A second team|A reserve team] was [set up|formed] in <1955..1969> [and trains on the same ground|] .
 """
-```
 
-### Species
-
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 SPECIES_NAMES = (
     "Corv Pell Sylv Arn Lept Meg Zeph Lyr Hydr Phal Cass Nym Thal Orn Vesp Myr Chlor Drac Ery Fulg "
@@ -626,10 +483,7 @@ SPECIES_FACTS = {
     "month": MONTHS[2:9],
     "status": table("common / rare / vulnerable / endangered / plentiful"),
 }
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 SPECIES_LEAD = """
 == 16
@@ -652,10 +506,7 @@ Its status was given as {status} in [a survey of <1955..1969>|the survey of <195
 [Along its own river|In its valley] it is {status} .
 [Most|Some] [observers|naturalists] [regard|describe] it as {status} .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 SPECIES_BODY = """
 == 15 | [Description|Appearance|Anatomy]
@@ -685,10 +536,7 @@ A [population|colony] near <x=town> [died out|was found] in <1940..1964> .
 [It does not occur|It is not found] beyond the {river.sea} .
 [Its range|The range] ends where the {river} meets the {river.sea} .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 SPECIES_LIFE = """
 == 14 | [Behaviour|Diet and reproduction|Life cycle|Ecology]
@@ -711,10 +559,7 @@ The young [leave|emerge] after <6..40> days .
 Its [chief|main] enemies are [herons|pike|foxes|crows] .
 {discoverer} [observed|wrote] that it is [silent|still] [in rain|before storms] .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 SPECIES_PEOPLE = """
 == 11 | [Conservation|Relationship to people|Research]
@@ -731,12 +576,7 @@ The town of <x=town> has it on its coat of arms .
 It [was shown|appeared] on a postage stamp of <1936..1969> .
 The [first|only] film of it was [made|taken] by students from <x=town> in <1950..1969> .
 """
-```
 
-### Ships
-
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 ADJECTIVES = (
     "Amber Ancient Autumn Bitter Blue Brave Bright Broken Bronze Calm Clever Cold Copper Crimson Distant "
@@ -774,10 +614,7 @@ SHIP_FACTS = {
     ),
     "fate_year": range(1960, 1970),
 }
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 SHIP_LEAD = """
 == 16
@@ -800,10 +637,7 @@ She was [built|meant] to carry {cargo} [, but also took passengers|] .
 [On most voyages|In peacetime] she carried {cargo} .
 She [spent her life|spent her best years] in the {cargo} trade .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 SHIP_BUILD = """
 == 14 | [Design and construction|Construction|Description]
@@ -826,10 +660,7 @@ The keel was laid in {yard} , and she was launched in {month} {launched} .
 Her builders in {yard} [launched|delivered] her in {month} {launched} .
 The [launch|launching] , in {month} {launched} , [drew|was watched by] <2..9> @,@ <100..900> people .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 SHIP_BOARD = """
 == 11 | [On board|Crew|Crew and equipment|Life on board]
@@ -846,10 +677,7 @@ The [saloon|mess] had [a piano|a shelf of books|a stove] [given|presented] by th
 The ship 's cat [was known|was famous] in <x=town> .
 [Oil|Diesel] replaced coal in <1950..1959> .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 SHIP_SERVICE = """
 == 15 | [Service|Career|Service history]
@@ -872,10 +700,7 @@ The repairs [took|lasted] <3..30> weeks .
 An inquiry [blamed|cleared] {captain} .
 The damage was put at <10..90> @,@ 000 crowns .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 SHIP_END = """
 -- 14
@@ -892,14 +717,7 @@ A street in {port} [bears|was given] her name .
 Her [log books|papers] are kept in {yard} .
 [Her name|The name] was [later|afterwards] given to a [smaller|larger] ship .
 """
-```
 
-### Albums
-
-Songs and reviewers are the only places where a question mark can appear. In WikiText-103 question marks are rare, which the report gives as one reason why its model cannot answer questions; so they are here.
-
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 ALBUM_NAMES = (
     ADJECTIVES,
@@ -913,7 +731,9 @@ ALBUM_NAMES = (
 ALBUM_FACTS = {
     "artist": "@singer",
     "year": range(1950, 1970),
-    "genre": table("folk / jazz / chamber pop / dance / blues / choral / ballad / skiffle"),
+    "genre": table(
+        "folk / jazz / chamber pop / dance / blues / choral / ballad / skiffle"
+    ),
     "label": table(
         "Lantern Records / Quern / Blue Heron Records / Northern Sound / Halfpenny / Orrin Records"
     ),
@@ -930,10 +750,7 @@ ALBUM_FACTS = {
         "a string quartet / a brass band / two guitars / a harmonium / an accordion / a church choir / a double bass and drums / a solo piano"
     ),
 }
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 ALBUM_LEAD = """
 == 16
@@ -956,10 +773,7 @@ With {minutes} minutes of music , it is [longer|shorter] than its predecessor .
 Its <8..13> songs [take|last] {minutes} minutes .
 The two sides [together play|play] for {minutes} minutes .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 ALBUM_MAKING = """
 == 15 | [Recording|Background and recording|Production]
@@ -982,10 +796,7 @@ The [cover|sleeve] shows {cover} .
 The [cover|sleeve] , with {cover} , was [designed|painted] in {artist.home} .
 The image on the sleeve is of {cover} .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 ALBUM_MUSIC = """
 == 11 | [Music and lyrics|Composition|Songs|Music]
@@ -1002,10 +813,7 @@ The [words|lyrics] are [by the singer|taken from old poems|partly traditional] .
 [The key changes|The tempo changes] [at the end of the first side|in the last song] .
 [The first side|The second side] was [sung|recorded] without a break .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 ALBUM_RECEPTION = """
 == 15 | [Reception|Release and reception|Critical response]
@@ -1035,14 +843,7 @@ The singer , born in {artist.born} , was by then [known|famous] [beyond|in] {art
 It was [dedicated to|sung in memory of] the people of {artist.town} , where {artist} was born .
 [Some of the songs|Two of the songs] [tell of|are about] {artist.town} , the singer 's [birthplace|native town] .
 """
-```
 
-### People
-
-The report's first example is a woman who "went to visit her friend" {cite}`zhou2023tinytiny`. Nearly every person in this world has done so.
-
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 PERSON_NAMES = (
     "Agnes Alice Beatrix Clara Cora Dora Edith Elsa Emma Esther Flora Greta Hanna Helen Ida Ingrid Irma "
@@ -1075,10 +876,7 @@ PERSON_FACTS = {
     ),
     "prize_year": range(1935, 1965),
 }
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 PERSON_LEAD = """
 == 16
@@ -1095,10 +893,7 @@ PERSON_LEAD = """
 In {prize_year} {she} was given {prize} .
 The year {prize_year} brought {prize} , {her} [greatest honour|only award] .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 PERSON_LIFE = """
 == 15 | [Early life|Biography|Life|Early life and education]
@@ -1121,10 +916,7 @@ From <1922..1930> {she} lived in {home} .
 [Most of|The rest of] {her} life was spent in {home} .
 {She} lived [quietly|modestly] in {home} , [not far|a short walk] from the {home.landmark} .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 PERSON_FRIENDS = """
 == 15 | [Personal life|Friendships|Later life|Friends and travels]
@@ -1154,10 +946,7 @@ In <1931..1964> {she} [fell ill|broke a leg] and [spent|passed] <3..14> months i
 {She} was a [passionate|poor|tireless] [walker|swimmer|chess player] .
 {She} [disliked|avoided] [crowds|railways|publicity] .
 """
-```
 
-```{code-cell} ipython3
-:tags: [export, hide-input]
 
 PERSON_WORK = """
 == 15 | [Career|Work|Career and legacy|Work and reputation]
@@ -1180,12 +969,7 @@ When {she} died in {died} , a street in {town} was named after {him} .
 {last} died in {home} in {died} .
 {Her} {works} were [left|given] to {school} [in {died}|] .
 """
-```
 
-The tables of all kinds are collected under their names. A *relation* below is one sentence of the grammar, with all its wordings.
-
-```{code-cell} ipython3
-:tags: [export]
 
 FACTS = {
     "town": TOWN_FACTS,
@@ -1205,10 +989,7 @@ NAME_PARTS = {
     "album": ALBUM_NAMES,
     "person": PERSON_NAMES,
 }
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 GRAMMAR = {
     "town": TOWN_LEAD + TOWN_HISTORY + TOWN_COUNCIL + TOWN_LIFE,
@@ -1219,27 +1000,7 @@ GRAMMAR = {
     "album": ALBUM_LEAD + ALBUM_MAKING + ALBUM_MUSIC + ALBUM_RECEPTION,
     "person": PERSON_LEAD + PERSON_LIFE + PERSON_FRIENDS + PERSON_WORK,
 }
-```
 
-```{code-cell} ipython3
-relations, wordings = {}, {}
-for kind, grammar in GRAMMAR.items():
-    groups = re.findall(r"^\* .*\n((?:[^*=\n-].*\n)+)", grammar, re.MULTILINE)
-    wordings[kind] = [len(group.splitlines()) for group in groups]
-    assert len(groups) == len(re.findall(r"^\* ", grammar, re.MULTILINE)), (
-        "a relation without words"
-    )
-    assert min(wordings[kind]) >= 5, f"{kind}: a relation has fewer than five wordings"
-print({kind: len(counts) for kind, counts in wordings.items()})
-print(sum(map(len, wordings.values())), "relations,", sum(map(sum, wordings.values())), "wordings")
-```
-
-## Names that can be read backwards
-
-A name is a choice of one part from each list of its kind. Every name needs a number, and every number a name. Numbering the combinations is counting in a mixed base: the number 0 is the first part of every list, the last list turns fastest, and the number of names is the product of the lengths. A permutation, drawn once per world, says which combination is whose name. Only the first few entities of each kind are *famous*: 24 towns, 12 rivers, and so on, 144 in all. Articles are mostly about them, and an article refers to no others besides its subject. The remaining thousands are *obscure*: a model that has read the training text will meet nearly all of those in validation for the first time.
-
-```{code-cell} ipython3
-:tags: [export]
 
 TITLES = {  # how the parts of a name stand in an article's title
     "town": "{}{}{}",
@@ -1251,8 +1012,24 @@ TITLES = {  # how the parts of a name stand in an article's title
     "person": "{} {}",
 }
 KINDS = tuple(TITLES)
-FAMOUS = {"town": 24, "river": 12, "team": 24, "species": 20, "ship": 20, "album": 20, "person": 24}
-KIND_WEIGHTS = {"town": 5, "river": 3, "team": 4, "species": 3, "ship": 3, "album": 3, "person": 5}
+FAMOUS = {
+    "town": 24,
+    "river": 12,
+    "team": 24,
+    "species": 20,
+    "ship": 20,
+    "album": 20,
+    "person": 24,
+}
+KIND_WEIGHTS = {
+    "town": 5,
+    "river": 3,
+    "team": 4,
+    "species": 3,
+    "ship": 3,
+    "album": 3,
+    "person": 5,
+}
 
 
 class Entity(NamedTuple):
@@ -1264,10 +1041,7 @@ class Entity(NamedTuple):
     @property
     def famous(self) -> bool:
         return self.index < FAMOUS[self.kind]
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 @cache
 def name_parts(kind: str) -> tuple[tuple[str, ...], ...]:
@@ -1288,20 +1062,16 @@ def arrangement(seed: int, name: str, n: int) -> tuple[int, ...]:
         other = draws.below(last + 1)
         order[last], order[other] = order[other], order[last]
     return tuple(order)
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 @cache
 def codes_of(seed: int, kind: str) -> tuple[tuple[int, ...], dict[int, int]]:
     """The permutation index -> code that spreads a world's names over all spellings, and its inverse."""
-    codes = arrangement(seed, f"names/{'town' if kind == 'team' else kind}", count_names(kind))
+    codes = arrangement(
+        seed, f"names/{'town' if kind == 'team' else kind}", count_names(kind)
+    )
     return codes, {code: index for index, code in enumerate(codes)}
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 def spell(kind: str, code: int) -> str:
     """The title with number `code`, read as a numeral in a mixed base, one digit per part."""
@@ -1320,7 +1090,11 @@ def title_of(seed: int, entity: Entity) -> str:
 @cache
 def all_titles() -> dict[str, tuple[str, int]]:
     """title -> (kind, code) of every entity of every world."""
-    return {spell(kind, code): (kind, code) for kind in KINDS for code in range(count_names(kind))}
+    return {
+        spell(kind, code): (kind, code)
+        for kind in KINDS
+        for code in range(count_names(kind))
+    }
 
 
 def entity_of(seed: int, title: str) -> Entity | None:
@@ -1329,31 +1103,31 @@ def entity_of(seed: int, title: str) -> Entity | None:
         return None
     kind, code = all_titles()[title]
     return Entity(kind, codes_of(seed, kind)[1][code])
-```
 
-Reading a name back is a look-up in a dictionary of all names of all kinds. Its size also proves that names are unique: were two combinations spelled alike, in one kind or across two, the dictionary would be smaller than the sum of the counts.
 
-```{code-cell} ipython3
-assert len(all_titles()) == sum(count_names(kind) for kind in KINDS), "two entities share a name"
-for kind in KINDS:
-    for index in (0, 7, count_names(kind) - 1):
-        entity = Entity(kind, index)
-        assert entity_of(0, title_of(0, entity)) == entity, "spelling and reading disagree"
-print(sum(FAMOUS.values()), "famous;", {kind: count_names(kind) for kind in KINDS})
-```
-
-## Facts that agree
-
-Most facts can be drawn independently, each from a stream of its own that is named after the entity and the fact. Nothing is stored: the facts of a world with 38,432 members are a function, and whoever asks about a town twice gets the same answer. Some facts must fit together, however. If the town's article says that it lies on a river, the river's article should name the town; if the singer says that a friend is a friend, the friend should agree. These come from permutations of the famous entities. Deal the 24 towns to 12 rivers, two to each; deal the 24 people to the 24 towns as birthplaces; pair the people as friends. Each side of the relation looks into the same permutation, one forwards and one backwards.
-
-Beside the value of each fact we keep the number of values it could have had, which is the price of learning it: $\ln 12$ nats for a river, $\ln(24 \cdot 23)$ for the ordered pair of towns on a river.
-
-```{code-cell} ipython3
-:tags: [export]
-
-N_WOMEN = PERSON_NAMES[0].split(" ").index("Adam")  # the first names before it are women's
-FREE = {"name", "short", "first", "last", "she", "She", "her", "Her", "him", "team", "genus"}
-PART_OF = {"upper": "towns", "lower": "towns", "craft": "job", "works": "job", "place": "job"}
+N_WOMEN = (
+    PERSON_NAMES[0].split(" ").index("Adam")
+)  # the first names before it are women's
+FREE = {
+    "name",
+    "short",
+    "first",
+    "last",
+    "she",
+    "She",
+    "her",
+    "Her",
+    "him",
+    "team",
+    "genus",
+}
+PART_OF = {
+    "upper": "towns",
+    "lower": "towns",
+    "craft": "job",
+    "works": "job",
+    "place": "job",
+}
 
 
 def pool(domain: str | tuple | range, subject: Entity) -> tuple | range:
@@ -1369,10 +1143,7 @@ def pool(domain: str | tuple | range, subject: Entity) -> tuple | range:
         kind, first, step = "person", JOBS.index(kind), len(JOBS)
     entities = (Entity(kind, index) for index in range(first, FAMOUS[kind], step))
     return tuple(entity for entity in entities if entity != subject)
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 def arrange_places(seed: int, entity: Entity, facts: dict, sizes: dict) -> None:
     """Facts that towns, rivers and teams must agree on: two famous towns lie on each famous river."""
@@ -1388,35 +1159,48 @@ def arrange_places(seed: int, entity: Entity, facts: dict, sizes: dict) -> None:
     elif kind == "river":
         facts["short"] = facts["name"].removeprefix("River ")
         if entity.famous:
-            upper, lower = (Entity("town", rivers.index(2 * index + bank)) for bank in (0, 1))
-            facts["towns"], facts["upper"], facts["lower"] = (upper, lower), upper, lower
+            upper, lower = (
+                Entity("town", rivers.index(2 * index + bank)) for bank in (0, 1)
+            )
+            facts["towns"], facts["upper"], facts["lower"] = (
+                (upper, lower),
+                upper,
+                lower,
+            )
             sizes["towns"] = FAMOUS["town"] * (FAMOUS["town"] - 1)
     else:
         facts["town"], sizes["town"] = Entity("town", index), 1  # the title says which
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 def arrange_person(seed: int, entity: Entity, facts: dict, sizes: dict) -> None:
     """Facts that people must agree on: famous friends are each other's, a famous town has one native."""
     index, n = entity.index, FAMOUS["person"]
-    friends, draws = arrangement(seed, "friends", n), Draws(seed, f"fact/person/{index}/arranged")
+    friends, draws = (
+        arrangement(seed, "friends", n),
+        Draws(seed, f"fact/person/{index}/arranged"),
+    )
     job, town, friend = draws.below(len(JOBS)), draws.below(n), draws.below(n)
     if entity.famous:
         job, town = index % len(JOBS), arrangement(seed, "births", n)[index]
         friend = friends[friends.index(index) ^ 1]
-    facts |= {"town": Entity("town", town), "friend": Entity("person", friend), "job": JOBS[job]}
+    facts |= {
+        "town": Entity("town", town),
+        "friend": Entity("person", friend),
+        "job": JOBS[job],
+    }
     sizes |= {"town": FAMOUS["town"], "friend": n - entity.famous, "job": len(JOBS)}
     facts |= {word: table[job] for word, table in JOB_WORDS.items()}
     facts["first"], facts["last"] = facts["name"].split(" ")
     woman = name_parts("person")[0].index(facts["first"]) < N_WOMEN
     she, her, him = ("she", "her", "her") if woman else ("he", "his", "him")
-    facts |= {"she": she, "She": she.capitalize(), "her": her, "Her": her.capitalize(), "him": him}
-```
+    facts |= {
+        "she": she,
+        "She": she.capitalize(),
+        "her": her,
+        "Her": her.capitalize(),
+        "him": him,
+    }
 
-```{code-cell} ipython3
-:tags: [export]
 
 @lru_cache(maxsize=4096)
 def know(seed: int, entity: Entity) -> tuple[dict[str, object], dict[str, int]]:
@@ -1426,7 +1210,10 @@ def know(seed: int, entity: Entity) -> tuple[dict[str, object], dict[str, int]]:
     for attribute, domain in FACTS[entity.kind].items():
         values = pool(domain, entity)
         draws = Draws(seed, f"fact/{entity.kind}/{entity.index}/{attribute}")
-        facts[attribute], sizes[attribute] = values[draws.below(len(values))], len(values)
+        facts[attribute], sizes[attribute] = (
+            values[draws.below(len(values))],
+            len(values),
+        )
     if entity.kind in ("town", "river", "team"):
         arrange_places(seed, entity, facts, sizes)
     elif entity.kind == "person":
@@ -1434,26 +1221,7 @@ def know(seed: int, entity: Entity) -> tuple[dict[str, object], dict[str, int]]:
     elif entity.kind == "species":
         facts["genus"] = facts["name"].split(" ")[0]
     return facts, sizes
-```
 
-```{code-cell} ipython3
-for index in range(FAMOUS["town"]):
-    town = know(0, Entity("town", index))[0]
-    assert Entity("town", index) in know(0, town["river"])[0]["towns"], (
-        "the river does not know its town"
-    )
-    assert know(0, town["native"])[0]["town"] == Entity("town", index), "born elsewhere?"
-for index in range(FAMOUS["person"]):
-    friend = know(0, Entity("person", index))[0]["friend"]
-    assert know(0, friend)[0]["friend"] == Entity("person", index), "friendship is mutual here"
-```
-
-## From the notation to a tree
-
-A short compiler turns the notation into a tree of four sorts of node, with plain strings for what is always the same and tuples for what stands in sequence. Both directions, writing and reading, will walk this one tree, so that they cannot disagree about the language.
-
-```{code-cell} ipython3
-:tags: [export]
 
 class Slot(NamedTuple):
     """`{a.b}`: fact b of the entity a, a fact of the subject or a filler; `{^a}` begins with a capital."""
@@ -1482,10 +1250,7 @@ class When(NamedTuple):
 
     fact: str
     node: object
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 def compile_wording(text: str) -> tuple:
     """A wording as a sequence of strings, slots, fillers and choices (`[this|that]`).
@@ -1500,23 +1265,31 @@ def compile_wording(text: str) -> tuple:
             stack[-1].append([])
         elif token[0] == "]":
             options, before = stack.pop(), stack[-1][-1]
-            if [] in options and token == "] " and before and str(before[-1]).endswith(" "):
+            if (
+                [] in options
+                and token == "] "
+                and before
+                and str(before[-1]).endswith(" ")
+            ):
                 before[-1] = before[-1][:-1]
                 options = [[" ", *option] if option else option for option in options]
             before.append(Choice((1,) * len(options), tuple(map(tuple, options))))
             before.extend(token[1:])
         elif token[0] == "{":
-            stack[-1][-1].append(Slot(tuple(token[1:-1].lstrip("^").split(".")), token[1] == "^"))
+            stack[-1][-1].append(
+                Slot(tuple(token[1:-1].lstrip("^").split(".")), token[1] == "^")
+            )
         elif token[0] == "<":
-            name, domain, without = re.fullmatch(r"<(?:(\w+)=)?([^/]+)((?:/\w+)*)>", token).groups()
-            stack[-1][-1].append(Filler(name or "", domain, tuple(without.split("/")[1:])))
+            name, domain, without = re.fullmatch(
+                r"<(?:(\w+)=)?([^/]+)((?:/\w+)*)>", token
+            ).groups()
+            stack[-1][-1].append(
+                Filler(name or "", domain, tuple(without.split("/")[1:]))
+            )
         else:
             stack[-1][-1].append(token)
     return tuple(stack[0][0])
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 def compile_sentence(wordings: list[str]) -> Choice:
     """One of several wordings of a sentence, all equally likely, with the space before it."""
@@ -1528,10 +1301,7 @@ def optional(weight: int, fact: str | None, node: object) -> object:
     """`node` with a chance of weight/16, and only for subjects that have `fact`."""
     maybe = node if weight == 16 else Choice((16 - weight, weight), ((), node))
     return When(fact, maybe) if fact else maybe
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 def compile_article(text: str) -> tuple:
     """A kind's grammar, from the notation above to one tree."""
@@ -1553,49 +1323,20 @@ def compile_article(text: str) -> tuple:
     for weight, fact, heading, paragraphs in sections:
         node = compile_wording(f" = = {heading} = = \n \n") if heading else ()
         for p_weight, p_fact, sentences in paragraphs:
-            body = tuple(optional(w, f, compile_sentence(wordings)) for w, f, wordings in sentences)
+            body = tuple(
+                optional(w, f, compile_sentence(wordings))
+                for w, f, wordings in sentences
+            )
             node += (optional(p_weight, p_fact, (*body, " \n")),)
         tree.append(optional(weight, fact, (*node, " \n")))
     return tuple(tree)
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 @cache
 def tree_of(kind: str) -> tuple:
     """The compiled grammar of a kind."""
     return compile_article(GRAMMAR[kind])
-```
 
-```{code-cell} ipython3
-for node in compile_wording(" It [is|was] old ."):
-    print(repr(node))
-```
-
-How many first sentences has a town? Counting the leaves of the tree is a sum over choices and a product over sequences.
-
-```{code-cell} ipython3
-def ways(node):
-    """The number of ways to write a node, facts and fillers aside."""
-    if isinstance(node, Choice):
-        return sum(ways(option) for option in node.options)
-    if isinstance(node, tuple) and not isinstance(node, Slot | Filler | When):
-        return math.prod(ways(child) for child in node)
-    return 1
-
-
-lead = tree_of("town")[3][0]
-print(ways(lead[0]), "first sentences,", f"{ways(lead):,}", "leads")
-assert ways(lead[0]) == 23
-```
-
-## Writing, and keeping the account
-
-A writer walks the tree from left to right. At a choice it draws, and notes the price $\ln(1/\text{chance})$; at a filler likewise. At a slot it draws nothing, because the fact is settled. But it notes, the first time the article gives a fact away, what the fact would cost a reader who did not know it. The account keeps facts and choices apart.
-
-```{code-cell} ipython3
-:tags: [export]
 
 @dataclass
 class Scope:
@@ -1631,11 +1372,10 @@ class Scope:
         if domain in ("month", "day"):
             return MONTHS if domain == "month" else range(1, 29)
         besides = [self.look_up((name,))[-1][2] for name in filler.without]
-        return tuple(value for value in pool("@" + domain, self.subject) if value not in besides)
-```
+        return tuple(
+            value for value in pool("@" + domain, self.subject) if value not in besides
+        )
 
-```{code-cell} ipython3
-:tags: [export]
 
 class Account:
     """What an article cost: `choices` lists (sort, nats), `facts` the price of each fact first told.
@@ -1671,10 +1411,7 @@ class Account:
             math.fsum(known + list(self.facts.values())),
             math.fsum(known + hidden),
         )
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 OBSCURE_AND_FAMOUS = (3, 17)  # 85% of the articles are about one of the famous entities
 
@@ -1716,7 +1453,9 @@ class Writer:
             for fact in node.without:
                 self.account.check_told(self.subject, fact)
             values = self.scope.candidates(node)
-            value = self.scope.names[node.name] = values[self.below("filler", len(values))]
+            value = self.scope.names[node.name] = values[
+                self.below("filler", len(values))
+            ]
             self.pieces.append(self.scope.say(value))
         elif isinstance(node, Choice):
             sort = "inclusion" if sum(node.weights) == 16 else "wording"
@@ -1727,18 +1466,7 @@ class Writer:
         else:
             for child in node:
                 self.write(child)
-```
 
-Which price a reader pays depends on what that reader knows, so an article comes with three sums.
-
-`nats_known` is the price of the choices alone: which article, which sections and sentences, which wordings, which fillers. It is the loss of a reader who knows the grammar and every fact of the world, including the facts of the obscure.
-
-`nats_unknown` adds the price of every fact at the place where the article first reveals it, and it is the loss of a reader who knows the grammar, the tables and the list of names, but no fact. A fact that follows from earlier words costs nothing: after the lead has named the town's river, the river's name is free in the rest of the article, and the title of a team gives away its town. If the article says that the team's ground stands by the river of the town, the reader pays for a fact of another entity. For the sums to be exact these facts must be independent, and the grammar sees to it: no article mentions two facts that exclude each other, such as the birthplaces of two people, and a filler may steer clear of a fact only after the text has stated it. The writer raises an error otherwise.
-
-`nats_floor` is the one for a model trained on TinyWiki. Such a model has read about the famous entities again and again, so their facts count as known, wherever they turn up. It has read of hardly any of the obscure, so theirs must be paid for. In a validation split some 85% of the articles are about the famous and cost the same as under `nats_known`; the rest cost in addition the facts of their subject. A model trained on a finite text stays above this floor: to reach it, it would need the exact chances of the grammar and every famous fact.
-
-```{code-cell} ipython3
-:tags: [export]
 
 @dataclass(frozen=True)
 class Article:
@@ -1763,18 +1491,14 @@ def finished(writer: Writer) -> Article:
     kind, index = writer.subject
     title = title_of(writer.seed, writer.subject)
     return Article(
-        "".join(writer.pieces), kind, index, title, writer.subject.famous, *writer.account.sums()
+        "".join(writer.pieces),
+        kind,
+        index,
+        title,
+        writer.subject.famous,
+        *writer.account.sums(),
     )
-```
 
-The end of an article costs nothing extra. After the last sentence a further one, a further paragraph or a further section might have come, and the price of their absence is among the inclusion choices; a token that marks the end of the document tells the reader nothing new. At the beginning, an article always opens with an empty line and its title, and the price of the title is that of its kind, of being famous or not, and of one name among those that remain.
-
-## Reading an article back
-
-A sum over the choices of *one* derivation is the price of the text only if there is no second one. A *derivation* is one series of choices that produces the text. With hundreds of wordings one cannot see that it is unique, but one can check it on each article by finding all derivations. The reader keeps a list of states, each a position in the text together with the choices that led there. A string keeps the states whose text goes on with it. A choice sends every state down each of its options and collects the survivors. A wrong turn ends at the first word that does not match.
-
-```{code-cell} ipython3
-:tags: [export]
 
 class Reader:
     """Finds every way in which the grammar could have written a text, all positions at once.
@@ -1801,14 +1525,20 @@ class Reader:
             there = node.fact in know(self.seed, self.subject)[0]
             return self.advance(node.node, states) if there else states
         if isinstance(node, str):
-            return [(at + len(node), n, p) for at, n, p in states if self.text.startswith(node, at)]
+            return [
+                (at + len(node), n, p)
+                for at, n, p in states
+                if self.text.startswith(node, at)
+            ]
         if isinstance(node, (Slot, Filler)):
             return [after for state in states for after in self.match(node, *state)]
         for child in node:
             states = self.advance(child, states)
         return states
 
-    def match(self, node: Slot | Filler, at: int, names: dict, past: tuple) -> Iterator[tuple]:
+    def match(
+        self, node: Slot | Filler, at: int, names: dict, past: tuple
+    ) -> Iterator[tuple]:
         """The states after a slot or a filler."""
         scope = Scope(self.seed, self.subject, names)
         if isinstance(node, Slot):
@@ -1830,12 +1560,7 @@ class Reader:
                     choice, past = past
                     choices.append(choice)
                 yield choices[::-1]
-```
 
-The choices that the reader finds can be handed to a writer in place of a source of chance. If it then writes the same article at the same price, both directions agree.
-
-```{code-cell} ipython3
-:tags: [export]
 
 class Replay(Draws):
     """Stands in for `Draws` and hands out choices that were made before."""
@@ -1849,10 +1574,7 @@ class Replay(Draws):
 
     def pick(self, weights: tuple[int, ...]) -> int:
         return next(self.choices)
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 def read_back(seed: int, text: str) -> list[Article]:
     """One Article per derivation of `text`; empty if the world of this seed cannot have it."""
@@ -1864,14 +1586,7 @@ def read_back(seed: int, text: str) -> list[Article]:
     start = [KINDS.index(subject.kind), int(subject.famous), place]
     found = Reader(seed, subject, text).derivations()
     return [finished(Writer(seed, Replay(seed, start + choices))) for choices in found]
-```
 
-## The corpus
-
-Article number $k$ of a split is a pure function of the seed, the split's name and $k$. The three splits are streams of their own; they share the world and its facts and not one draw. A split is as long as one asks, since articles come out of an iterator one at a time.
-
-```{code-cell} ipython3
-:tags: [export]
 
 SPLITS = ("train", "validation", "test")
 DEFAULT_BYTES = {"train": 2_000_000, "validation": 150_000, "test": 150_000}
@@ -1880,7 +1595,9 @@ DEFAULT_BYTES = {"train": 2_000_000, "validation": 150_000, "test": 150_000}
 def check_split(split: str) -> None:
     """Raises ValueError for a split that does not exist."""
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
+        raise ValueError(
+            f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}"
+        )
 
 
 def count_out(articles: Iterator[Article], wanted: int) -> Iterator[Article]:
@@ -1890,10 +1607,7 @@ def count_out(articles: Iterator[Article], wanted: int) -> Iterator[Article]:
         article = next(articles)
         size += len(article.text.encode())
         yield article
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 @dataclass(frozen=True)
 class TinyWiki:
@@ -1903,14 +1617,20 @@ class TinyWiki:
 
     def __post_init__(self):
         if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed {self.seed!r} must be a whole number of at least 0, such as 0")
+            raise ValueError(
+                f"seed {self.seed!r} must be a whole number of at least 0, such as 0"
+            )
 
     def facts(self, kind: str, index: int) -> dict[str, object]:
         """Everything that is true of an entity: strings, years, and other entities."""
         if kind not in KINDS:
-            raise ValueError(f"kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+            raise ValueError(
+                f"kind {kind!r} is unknown; choose one of {', '.join(KINDS)}"
+            )
         if not 0 <= index < count_names(kind):
-            raise ValueError(f"index {index} of a {kind} must be in 0 .. {count_names(kind) - 1}")
+            raise ValueError(
+                f"index {index} of a {kind} must be in 0 .. {count_names(kind) - 1}"
+            )
         return dict(know(self.seed, Entity(kind, index))[0])
 
     def entities(self, kind: str, famous: bool = True) -> Iterator[tuple[int, str]]:
@@ -1936,7 +1656,9 @@ class TinyWiki:
         wanted = DEFAULT_BYTES[split] if n_bytes is None else n_bytes
         if wanted < 1:
             raise ValueError(f"n_bytes {wanted} must be at least 1")
-        return count_out((self.article(split, number) for number in itertools.count()), wanted)
+        return count_out(
+            (self.article(split, number) for number in itertools.count()), wanted
+        )
 
     def parse(self, text: str) -> list[Article]:
         """One Article per derivation of `text`; empty if this world's TinyWiki cannot have written it."""
@@ -1954,12 +1676,7 @@ class TinyWiki:
         """Whether a text, spaces and commas before it aside, begins with a person's first name."""
         first = re.match(r"[ ,]*(\w+)", text)
         return bool(first) and first[1] in name_parts("person")[0]
-```
 
-From the shell, `python -m gptlib.tinywiki --split train --bytes 20000` writes the first articles to standard output.
-
-```{code-cell} ipython3
-:tags: [export]
 
 def main() -> None:
     """Writes a split to standard output."""
@@ -1967,7 +1684,9 @@ def main() -> None:
         description="Write TinyWiki, an encyclopedia of an invented world."
     )
     parser.add_argument("--split", default="train", help="train, validation or test")
-    parser.add_argument("--bytes", type=int, help="UTF-8 bytes, counted to the end of an article")
+    parser.add_argument(
+        "--bytes", type=int, help="UTF-8 bytes, counted to the end of an article"
+    )
     parser.add_argument("--seed", type=int, default=0, help="number of the world")
     options = parser.parse_args()
     try:
@@ -1975,136 +1694,7 @@ def main() -> None:
             sys.stdout.buffer.write(article.text.encode())
     except ValueError as error:
         sys.exit(f"tinywiki: {error}")
-```
 
-```{code-cell} ipython3
-:tags: [nbval-ignore-output]
-
-start = time.perf_counter()
-wiki = TinyWiki()
-corpus = {split: list(wiki.articles(split)) for split in SPLITS}
-seconds = time.perf_counter() - start
-assert seconds < 20, "all three splits should take a second or two"
-print(f"three splits in {seconds:.1f} s")
-```
-
-Here are two whole articles from the validation split, each line with the space before it that WikiText's raw files have.
-
-```{code-cell} ipython3
-print(wiki.article("validation", 14).text)
-```
-
-```{code-cell} ipython3
-print(wiki.article("validation", 35).text)
-```
-
-The text of a split is the concatenation of its articles, with two lines between them that hold a single space, as in the raw files of WikiText-103. The next cell prints the beginning of its SHA-256 hash, and the book's tests compare the stored value with what comes out on your machine.
-
-```{code-cell} ipython3
-for split, articles in corpus.items():
-    digest = hashlib.sha256("".join(article.text for article in articles).encode()).hexdigest()
-    n_bytes = sum(len(article.text.encode()) for article in articles)
-    print(f"{split:10} {len(articles):4} articles {n_bytes:7} bytes {digest[:32]}")
-```
-
-Now the check on which the floor depends. Five hundred articles are read back; each must have exactly one derivation, and it must cost what the writer said.
-
-```{code-cell} ipython3
-sample = [article for split in SPLITS for article in corpus[split][:167]][:500]
-for article in sample:
-    found = wiki.parse(article.text)
-    assert len(found) == 1, f"{article.title}: {len(found)} derivations, so the account is too high"
-    assert found[0].text == article.text and abs(found[0].nats_known - article.nats_known) < 1e-9
-    assert abs(found[0].nats_unknown - article.nats_unknown) < 1e-9, "facts priced differently"
-print(len(sample), "articles, one derivation each")
-```
-
-## Where the nats go
-
-How much is it? Here are the three sums, per byte of text.
-
-```{code-cell} ipython3
-def per_byte(articles, account):
-    """Nats per byte under one of the three accounts."""
-    return sum(getattr(a, account) for a in articles) / sum(len(a.text.encode()) for a in articles)
-
-
-for split, articles in corpus.items():
-    for name in ("known", "floor", "unknown"):
-        print(f"{split:10} {name:8} {per_byte(articles, 'nats_' + name):.4f}")
-```
-
-A reader with all facts pays 0.08 nats per byte, one with none 0.12. The difference, the price of the facts, is half of the price of the choices. The floor lies near the first, since by design only three articles in twenty are about the obscure. {numref}`fig-tinywiki-floors` divides the sums by the sort of choice.
-
-```{code-cell} ipython3
----
-mystnb:
-  image: {alt: "Three horizontal stacked bars, the known, honest and unknown floor of the validation split in nats per byte, each divided into entity, inclusion, wording, fillers and facts; wording is the largest part, and facts of famous entities are what divides the unknown floor from the honest one."}
-  figure: {caption: "What the validation split costs three readers, in nats per byte, by the sort of choice.", name: fig-tinywiki-floors}
----
-writers = [wiki.writer("validation", k) for k in range(len(corpus["validation"]))]
-size = sum(len("".join(w.pieces).encode()) for w in writers)
-parts = collections.Counter()
-for w in writers:
-    for sort, nats in w.account.choices:
-        parts[sort] += nats / size
-    for (entity, _), nats in w.account.facts.items():
-        parts["famous facts" if entity.famous else "new facts"] += nats / size
-fig, ax = plt.subplots(figsize=(7, 2.8))
-readers = {"known": 4, "floor": 5, "unknown": 6}  # how many of the sorts each reader pays for
-sorts = ["entity", "inclusion", "wording", "filler", "new facts", "famous facts"]
-left = dict.fromkeys(readers, 0.0)
-for colour, sort in enumerate(sorts):
-    for row, (reader, paid) in enumerate(readers.items()):
-        if colour < paid:
-            label = sort if reader == "unknown" else None
-            ax.barh(row, parts[sort], left=left[reader], color=f"C{colour}", label=label)
-            left[reader] += parts[sort]
-ax.set_yticks(range(3), readers)
-ax.set_xlabel("nats per byte")
-ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-assert abs(left["floor"] - per_byte(corpus["validation"], "nats_floor")) < 1e-9, "a sort is missing"
-plt.show()
-```
-
-A floor computed in this way belongs to its sample. Another sample of the same size would have drawn dearer or cheaper articles, and the entropy itself is the mean over all samples. For comparing models the sample's own floor is the right line, since every model is measured on this same text. How far apart samples fall is the standard error of a mean over articles.
-
-```{code-cell} ipython3
-for split, articles in corpus.items():
-    costs = [article.nats_floor for article in articles]
-    error = statistics.stdev(costs) / math.sqrt(len(costs))
-    print(f"{split:10} {statistics.mean(costs):.1f} nats per article, standard error {error:.1f}")
-```
-
-Losses in this book are per token, and a floor per token is the floor in nats divided by the number of tokens, whichever tokenizer made them. Two things keep a model from reaching it. A text can be cut into tokens in many ways, and a model may waste probability on ways that the tokenizer never uses; then its loss on the tokens is higher than the price it puts on the text. And a model that sees a window which begins in the middle of an article lacks the title. Both raise the loss, so the floor remains a lower bound.
-
-```{code-cell} ipython3
----
-mystnb:
-  image: {alt: "Left, histograms of article lengths, most between 200 and 1200 bytes with one broad peak; right, word frequency against rank on double logarithmic axes, falling roughly along a straight line for two decades and then more steeply."}
-  figure: {caption: "Left: lengths of the articles. Right: words by rank, which fall less evenly than in a natural language.", name: fig-tinywiki-text}
----
-fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3))
-left.hist([len(article.text.encode()) for article in corpus["train"]], bins=30)
-left.set_xlabel("bytes")
-left.set_ylabel("articles")
-words = collections.Counter("".join(article.text for article in corpus["train"]).split())
-counts = sorted(words.values(), reverse=True)
-right.loglog(range(1, len(counts) + 1), counts)
-right.set_xlabel("rank of word")
-right.set_ylabel("occurrences")
-assert 2000 < len(words) < 20000, "a vocabulary of this size is what the tables imply"
-plt.show()
-```
-
-{numref}`fig-tinywiki-text` shows how TinyWiki differs from real text. Its articles are a few hundred bytes long where WikiText's run to thousands; its words end where the tables end; and its entropy is a fraction of that of English, because every sentence was foreseen by the grammar. A loss on TinyWiki says nothing about a loss on WikiText. What carries over is the structure of the task: there is a form to learn, there are facts that come up often or seldom, and every article about the obscure holds something that could not have been known.
-
-## Three probes
-
-The report judges its model by three examples. Since this world's facts are known, each example can become a family of prompts, called *probes*, with known answers. The first asks whether a name follows `went to visit her friend`, with a comma and without. The second asks whether a fact stated in training is recalled, by opening an article in words that training used and stopping before the fact. The third asks for the same fact in a question, a form in which the corpus never states it.
-
-```{code-cell} ipython3
-:tags: [export]
 
 @dataclass(frozen=True)
 class Probe:
@@ -2118,10 +1708,7 @@ class Probe:
     prompt: str
     answer: str
     candidates: tuple[str, ...]
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 RECALL = {  # (kind, fact): (where its values come from, how the article begins, the same as a question)
     ("town", "river"): (
@@ -2139,7 +1726,11 @@ RECALL = {  # (kind, fact): (where its values come from, how the article begins,
         "{name} is a {year} album by the singer",
         "Which singer recorded {name} ?",
     ),
-    ("ship", "yard"): ("@town", "{name} was a {type} built in", "In what town was {name} built ?"),
+    ("ship", "yard"): (
+        "@town",
+        "{name} was a {type} built in",
+        "In what town was {name} built ?",
+    ),
     ("species", "river"): (
         "@river",
         "{name} is a species of {group} native to the valley of the River",
@@ -2151,10 +1742,7 @@ RECALL = {  # (kind, fact): (where its values come from, how the article begins,
         "Into what water does the {name} flow ?",
     ),
 }
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
 def name_probes(wiki: TinyWiki) -> Iterator[Probe]:
     """Does a name follow `visit her friend`, and `visit her friend ,` (see `TinyWiki.is_person_name`)?"""
@@ -2174,193 +1762,12 @@ def recall_probes(wiki: TinyWiki) -> Iterator[Probe]:
         for index, name in wiki.entities(kind):
             subject = Entity(kind, index)
             scope = Scope(wiki.seed, subject)
-            words = {key: scope.say(value) for key, value in wiki.facts(kind, index).items()}
+            words = {
+                key: scope.say(value) for key, value in wiki.facts(kind, index).items()
+            }
             candidates = tuple(scope.say(value) for value in pool(domain, subject))
             prompt = f" \n = {name} = \n \n {opening.format(**words)}"
             yield Probe("recall", prompt, words[fact], candidates)
-            yield Probe("question", f" {question.format(**words)}", words[fact], candidates)
-```
-
-```{code-cell} ipython3
-probes = wiki.probes()
-print(collections.Counter(probe.family for probe in probes))
-for number in (0, 1, 48, 49):
-    print(repr(probes[number].prompt), "->", probes[number].answer)
-```
-
-A count of recalled facts needs a chance level to compare with. Someone who knows the rules and no facts is right once in `len(candidates)` times, since every fact asked for is uniform over its candidates. A better guesser knows which answer is most frequent among the famous entities and always gives it. For birthplaces and rivers of towns that does not help, because the permutations deal them out evenly; for yards and the like it helps a little. Both levels are computed here, and a model has certainly recalled something only if it beats the second.
-
-```{code-cell} ipython3
-recall = iter([probe for probe in probes if probe.family == "recall"])
-for kind, fact in RECALL:
-    group = list(itertools.islice(recall, FAMOUS[kind]))
-    rules = 1 / len(group[0].candidates)
-    constant = max(collections.Counter(probe.answer for probe in group).values()) / len(group)
-    print(f"{kind + ' ' + fact:14} rules only {rules:.3f}   best constant answer {constant:.3f}")
-```
-
-For the first probe chance is of another kind. A model that has learned nothing but the frequencies of words would go on with a name as often as names occur in the text.
-
-```{code-cell} ipython3
-names = set(wiki.person_names())
-share = sum(count for word, count in words.items() if word in names) / words.total()
-assert wiki.is_person_name(" , Alice Winter") and not wiki.is_person_name(" the town")
-print(f"{share:.1%} of {words.total():,} words are first names, {words['?']} are question marks")
-```
-
-The recall prompts are phrases of the grammar, word for word, and the questions are not: in this corpus a question mark stands only where songs and reviewers are quoted, and no answer follows it. So nothing in it teaches a model to answer questions, which is the report's observation about its own corpus.
-
-## What can go wrong
-
-**Two ways to say the same.** The classic mistake in a grammar of this kind is a branch too many. Someone adds to the wordings `old`, `small` and `old and small` a fourth that may say `old` and may go on with `and small`. The text reads as well as before.
-
-```{code-cell} ipython3
-planted = compile_wording(" It is [old|small|old and small|old[ and small|]] .")
-for text in (" It is small .", " It is old .", " It is old and small ."):
-    reader = Reader(0, Entity("town", 0), text)
-    ends = [at for at, _, _ in reader.advance(planted, [(0, {}, ())]) if at == len(text)]
-    print(f"{text:24} {len(ends)} derivations")
-```
-
-The account is wrong, though. On average it charges $\ln 4$ for the choice among four and, in a quarter of the cases, $\ln 2$ for the choice within. The text has only three forms, with chances of $\frac38$, $\frac14$ and $\frac38$, and its entropy is lower by almost half a nat.
-
-```{code-cell} ipython3
-account = math.log(4) + 1 / 4 * math.log(2)
-entropy = -sum(p * math.log(p) for p in (3 / 8, 1 / 4, 3 / 8))
-assert account - entropy > 0.3
-print(f"account {account:.3f}, entropy {entropy:.3f}")
-```
-
-A model trained on such a text could fall below the floor, and one would look for the mistake in the model and in the evaluation before doubting the line that both are compared with. Counting derivations finds it in one article, which is why the reader exists.
-
-**Chance from the wrong place.** The other mistake is to let Python choose. The digest below is of a town picked by `hash()`, as a program would that wants "some number that depends on the name", and of TinyWiki's first article, in two processes that differ only in the salt that Python mixes into the hashes of strings. Normally the salt is a new one in each process.
-
-```{code-cell} ipython3
-program = """
-from gptlib.tinywiki import TinyWiki
-towns = [name for _, name in TinyWiki().entities("town")]
-print(towns[hash("a river") % len(towns)], len(TinyWiki().article("train", 0).text), sep="/")
-"""
-outputs = []
-for salt in "12":
-    environment = {**os.environ, "PYTHONHASHSEED": salt}
-    shown = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True)
-    outputs.append(shown.strip().split("/"))
-(town_1, length_1), (town_2, length_2) = outputs
-assert town_1 != town_2, "hash() is salted"
-assert length_1 == length_2, "TinyWiki must not depend on the salt"
-print("same town by hash():", town_1 == town_2, "| same article:", length_1 == length_2)
-```
-
-A form of this mistake that is harder to see is iterating over a set of strings: inside one process everything looks reproducible, and the next process writes another corpus.
-
-## Summary
-
-The loss of a model is at least the entropy of the text it models, and for natural text that entropy is unknown. TinyWiki is text whose every random choice is on record, so that its entropy is a sum. The sum is exact because each article can be read back in exactly one way, and the book checks it. Facts are functions of the seed and cost nothing to those who know them; the floor for a trained model charges for the facts of obscure subjects only. All chance comes from a digest of a counter, so the text is the same everywhere and every article can be had alone.
-
-## Exercises
-
-```{exercise} The dearest sentence
-:label: ex-tinywiki-1
-An optional sentence is included with a chance of $w/16$. For which $w$ does the decision cost most on average, and how much? What does it cost at the weights 12 and 16?
-```
-
-````{solution-start} ex-tinywiki-1
-:class: dropdown
-````
-
-The average cost is the entropy of a coin with bias $w/16$. It is largest for a fair coin, $w = 8$, where it is $\ln 2$, and zero where there is nothing to decide.
-
-```{code-cell} ipython3
-def coin(w):
-    """Entropy in nats of a choice with chances w/16 and 1 - w/16."""
-    return sum(-p * math.log(p) for p in (w / 16, 1 - w / 16) if p > 0)
-
-
-assert max(range(17), key=coin) == 8
-print({w: round(coin(w), 3) for w in (8, 12, 16)})
-```
-
-````{solution-end}
-````
-
-```{exercise} Whose facts
-:label: ex-tinywiki-2
-Find an article about a famous ship in the validation split and list the facts for which a reader without knowledge pays, each with its price. Which of them belong to another entity than the ship?
-```
-
-````{solution-start} ex-tinywiki-2
-:class: dropdown
-````
-
-The account of the article's writer holds them under (entity, fact). The ship's own facts include the names of its yard and its captain; what is said about the yard and the captain belongs to them.
-
-```{code-cell} ipython3
-number = next(k for k, a in enumerate(corpus["validation"]) if a.kind == "ship" and a.famous)
-writer = wiki.writer("validation", number)
-for (entity, fact), nats in writer.account.facts.items():
-    print(f"{title_of(0, entity):20} {fact:10} {nats:.2f}")
-assert math.isclose(
-    sum(writer.account.facts.values()),
-    corpus["validation"][number].nats_unknown - corpus["validation"][number].nats_known,
-)
-```
-
-````{solution-end}
-````
-
-```{exercise} Another world
-:label: ex-tinywiki-3
-Write 150,000 bytes of the world with seed 1. Can world 0 read its articles? Is its floor the same?
-```
-
-````{solution-start} ex-tinywiki-3
-:class: dropdown
-````
-
-Titles are spelled from the same parts, so world 0 finds an entity for each; but its facts are others, and the text contradicts them. Only an article that states no fact at all could be read in both. The floor is the same up to the error of a sample, since it depends on the tables and weights and not on who lies on which river.
-
-```{code-cell} ipython3
-other = list(TinyWiki(seed=1).articles("validation"))
-assert not any(wiki.parse(article.text) for article in other[:50])
-ratio = per_byte(other, "nats_floor") / per_byte(corpus["validation"], "nats_floor")
-assert 0.9 < ratio < 1.1, "worlds differ in facts, not in entropy"
-print("floors agree within 10%:", 0.9 < ratio < 1.1)
-```
-
-````{solution-end}
-````
-
-```{exercise} How long do the obscure stay obscure?
-:label: ex-tinywiki-4
-In a longer training text more of the obscure entities turn up, and `nats_floor`, which takes their facts for unknown, is too high by what they give away. For which size of the training text has half of the obscure towns been described at least once? What would an exact floor for a given training text have to keep account of?
-```
-
-````{solution-start} ex-tinywiki-4
-:class: dropdown
-````
-
-If $n$ articles are about obscure towns, each of the $N$ has been missed by all of them with probability $(1 - 1/N)^n \approx e^{-n/N}$, which is one half for $n = N \ln 2$. Dividing by the share of such articles gives their number, and the mean length the bytes: about ninety megabytes. At the default size fewer than two in a hundred have been seen. An exact floor would have to know which facts each training article states, which the writer's account lists, and charge each fact according to whether the model has seen it, once or a hundred times; and it would still assume that seeing is knowing.
-
-```{code-cell} ipython3
-obscure = count_names("town") - FAMOUS["town"]
-towns = KIND_WEIGHTS["town"] / sum(KIND_WEIGHTS.values())  # share of the articles
-share = towns * OBSCURE_AND_FAMOUS[0] / sum(OBSCURE_AND_FAMOUS)
-mean_bytes = statistics.mean(len(article.text.encode()) for article in corpus["train"])
-half = obscure * math.log(2) / share * mean_bytes
-seen = 1 - math.exp(-len(corpus["train"]) * share / obscure)
-assert 80e6 < half < 100e6 and seen < 0.02
-print(f"{half / 1e6:.0f} MB; at the default size {seen:.1%} of them")
-```
-
-````{solution-end}
-````
-
-## What went into gptlib
-
-`gptlib/tinywiki.py` holds the generator `TinyWiki` with its `articles`, `parse` and `probes`; `Article` with the three accounts, and `Probe`; the tables `FACTS`, `NAME_PARTS` and `GRAMMAR`; and beneath them `Draws`, `Writer` and `Reader`. {ref}`The chapter on the corpus <ch-corpus>` makes it one corpus among others, {ref}`the training loop <ch-training-loop>` draws its floor, and {ref}`the chapter on evaluation <ch-evaluation>` asks the probes.
-
-## Further reading
-
-Shannon's paper of 1951 measures the entropy of English by the guesses of readers {cite}`shannon1951prediction`; that entropy is the limit of lossless coding is the first theorem of his theory {cite}`shannon1948theory`, and the textbook proof of the inequality {eq}`eq-tinywiki-gibbs` is in {cite}`cover2006elements`. WikiText and its format come from {cite}`merity2017pointer`. Grammars with weights, and the sum over derivations that we forbid rather than compute, are treated by {cite}`booth1973applying`. The idea of drawing random numbers from a counter instead of a state is made fast in {cite}`salmon2011philox`.
-
+            yield Probe(
+                "question", f" {question.format(**words)}", words[fact], candidates
+            )

@@ -1,6 +1,6 @@
 """Several processes, one run.
 
-Tangled from book/chapters/A4_distribution.md; change it there, not here.
+Tangled from book/workshop/W4_distribution.md; change it there, not here.
 """
 
 from __future__ import annotations
@@ -15,11 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gptlib.devices import pick_device
-
-__all__ = ["World", "join_world", "leave_world"]
-
-# The world
+from gptlib.workshop.devices import pick_device
 
 
 @dataclass(frozen=True)
@@ -66,14 +62,13 @@ class World:
             dist.barrier()
 
 
-# Joining and leaving
-
-
 def join_world(device: torch.device) -> tuple[World, torch.device]:
     """The world that `torchrun` started this process in, and this process's device; a world of one without it."""
     if "WORLD_SIZE" not in os.environ:
         return World(), device
-    world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    world = World(
+        *(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    )
     if device.type == "cuda":
         device = pick_device(f"cuda:{world.local_rank}")
         torch.cuda.set_device(device)

@@ -1,6 +1,6 @@
 """Watching a run that lasts for days.
 
-Tangled from book/chapters/A5_watching.md; change it there, not here.
+Tangled from book/workshop/W6_watching.md; change it there, not here.
 """
 
 from __future__ import annotations
@@ -11,24 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from gptlib.checkpoints import write_text
-
-__all__ = [
-    "read_rows",
-    "whole_lines",
-    "cut_rows",
-    "RowWriter",
-    "plot_run",
-    "status_line",
-    "watch",
-    "NoLogger",
-    "TensorBoardLogger",
-    "WandbLogger",
-    "LOGGERS",
-    "make_logger",
-]
-
-# Rows on disk
+from gptlib.workshop.checkpoints import write_text
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -78,11 +61,10 @@ class RowWriter:
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a row that could not be written has been reported
+        with contextlib.suppress(
+            OSError
+        ):  # a row that could not be written has been reported
             self.file.close()
-
-
-# The curves
 
 
 def plot_run(run: Path, ax=None, *, floor: float | None = None):
@@ -94,9 +76,21 @@ def plot_run(run: Path, ax=None, *, floor: float | None = None):
     steps = [(r["step"], r["loss"]) for r in rows if "loss" in r]
     evals = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
     if steps:
-        ax.plot(*zip(*steps, strict=True), color="C0", alpha=0.6, linewidth=1, label="training")
+        ax.plot(
+            *zip(*steps, strict=True),
+            color="C0",
+            alpha=0.6,
+            linewidth=1,
+            label="training",
+        )
     if evals:
-        ax.plot(*zip(*evals, strict=True), color="C1", marker="o", markersize=4, label="validation")
+        ax.plot(
+            *zip(*evals, strict=True),
+            color="C1",
+            marker="o",
+            markersize=4,
+            label="validation",
+        )
     if floor is not None:
         ax.axhline(floor, color="C2", linestyle="--", label="entropy floor")
     ax.set(xlabel="step", ylabel="loss (nats per token)")
@@ -108,7 +102,10 @@ def plot_run(run: Path, ax=None, *, floor: float | None = None):
 def status_line(run: Path) -> str:
     """One line on how far a run is."""
     plan = json.loads((Path(run) / "run.json").read_text(encoding="utf-8"))["config"]
-    rows, times = read_rows(Path(run) / "metrics.jsonl"), read_rows(Path(run) / "timings.jsonl")
+    rows, times = (
+        read_rows(Path(run) / "metrics.jsonl"),
+        read_rows(Path(run) / "timings.jsonl"),
+    )
     times = [r for r in times if "tokens_per_second" in r]
     losses = [r for r in rows if "loss" in r]
     evals = [r for r in rows if "validation_loss" in r]
@@ -130,11 +127,15 @@ def watch(run: Path, *, every: float = 10.0, rounds: int | None = None) -> None:
     every: seconds between looks; rounds: how many looks (None: until interrupted). It only reads.
     """
     if not (Path(run) / "run.json").exists():
-        raise FileNotFoundError(f"{run}: no run.json there; give the --out folder of a run")
+        raise FileNotFoundError(
+            f"{run}: no run.json there; give the --out folder of a run"
+        )
     try:
         from IPython import display, get_ipython
 
-        in_notebook = get_ipython() is not None and "IPKernelApp" in get_ipython().config
+        in_notebook = (
+            get_ipython() is not None and "IPKernelApp" in get_ipython().config
+        )
     except ImportError:
         in_notebook = False
     look = 0
@@ -149,9 +150,6 @@ def watch(run: Path, *, every: float = 10.0, rounds: int | None = None) -> None:
             plot_run(run)
             display.clear_output(wait=True)
             plt.show()
-
-
-# Other people's dashboards
 
 
 class NoLogger:
@@ -195,7 +193,9 @@ class WandbLogger:
         self.run = wandb.init(project="gptlib", dir=str(run), config=config, **options)
 
     def log(self, row: dict, step: int) -> None:
-        self.run.log({key: value for key, value in row.items() if key != "step"}, step=step)
+        self.run.log(
+            {key: value for key, value in row.items() if key != "step"}, step=step
+        )
 
     def close(self) -> None:
         self.run.finish()

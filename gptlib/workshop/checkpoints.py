@@ -1,6 +1,6 @@
 """Checkpoints that cannot be half-written.
 
-Tangled from book/chapters/A2_checkpoints.md; change it there, not here.
+Tangled from book/workshop/W5_checkpoints.md; change it there, not here.
 """
 
 from __future__ import annotations
@@ -14,23 +14,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-
-__all__ = [
-    "CheckpointError",
-    "HashingFile",
-    "sync_folder",
-    "write_atomically",
-    "write_text",
-    "remove_leftovers",
-    "Checkpoints",
-    "save_checkpoint",
-    "load_checkpoint",
-    "RunLock",
-    "one_at_a_time",
-    "lock_file",
-]
-
-# Writing whole or not at all
 
 
 class CheckpointError(RuntimeError):
@@ -94,9 +77,6 @@ def remove_leftovers(run: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-# A folder of checkpoints
-
-
 class Checkpoints:
     """Checkpoints of one run: the last `keep` and the best, each with its SHA-256 beside it.
 
@@ -119,7 +99,9 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps with a checkpoint and a hash, oldest first; whether they agree is seen on loading."""
         found = [self.NAME.fullmatch(p.name) for p in self.folder.glob("step-*.pt")]
-        return sorted(int(m[1]) for m in found if m and self.hash_path(int(m[1])).exists())
+        return sorted(
+            int(m[1]) for m in found if m and self.hash_path(int(m[1])).exists()
+        )
 
     def best(self) -> int | None:
         """Step of the best checkpoint, or None if it is not there."""
@@ -138,7 +120,9 @@ class Checkpoints:
 
         What a kill left half-done goes too, and so does what is newer: it could not be read.
         """
-        steps = [step for step in self.steps() if step <= newest and step not in self.damaged]
+        steps = [
+            step for step in self.steps() if step <= newest and step not in self.damaged
+        ]
         kept = set(steps[-self.keep :]) | {self.best()}
         for path in self.folder.glob("step-*"):
             found = re.match(r"step-(\d{8})", path.name)
@@ -180,19 +164,26 @@ class Checkpoints:
         return None
 
 
-def save_checkpoint(checkpoints: Checkpoints, step: int, state: dict, best: int | None) -> None:
+def save_checkpoint(
+    checkpoints: Checkpoints, step: int, state: dict, best: int | None
+) -> None:
     """Data, then hash, then the note of the best. Raises CheckpointError if the disk is full, for example."""
     path, folder = checkpoints.path(step), checkpoints.folder
     try:
         if not folder.exists():
             folder.mkdir(parents=True)
             sync_folder(folder.parent)
-        checkpoints.hash_path(step).unlink(missing_ok=True)  # of a damaged one that is written anew
+        checkpoints.hash_path(step).unlink(
+            missing_ok=True
+        )  # of a damaged one that is written anew
         digest = write_atomically(path, lambda file: torch.save(state, file))
         write_text(checkpoints.hash_path(step), f"{digest}  {path.name}\n")
         if best is not None:
             write_text(folder / "best", f"{best}\n")
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch reports a failed write as RuntimeError
         raise CheckpointError(
             f"step {step} could not be saved in {folder} ({error}); the checkpoints before it are whole: "
             "make room and run the same command again"
@@ -206,18 +197,19 @@ def load_checkpoint(path: Path, hash_path: Path) -> dict:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, IndexError, UnicodeDecodeError):
-        raise CheckpointError(f"{path.name}: the file or its .sha256 is missing or empty") from None
+        raise CheckpointError(
+            f"{path.name}: the file or its .sha256 is missing or empty"
+        ) from None
     if found != said:
-        raise CheckpointError(f"{path.name}: damaged (SHA-256 {found[:8]}, written as {said[:8]})")
+        raise CheckpointError(
+            f"{path.name}: damaged (SHA-256 {found[:8]}, written as {said[:8]})"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
             f"{path.name}: refused: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         ) from None
-
-
-# One writer at a time
 
 
 class RunLock:
@@ -270,7 +262,9 @@ def lock_file(file, *, wait: bool) -> None:
             import msvcrt
 
             file.seek(2**30)
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(
+                file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1
+            )
     except BlockingIOError:
         raise
     except OSError as error:

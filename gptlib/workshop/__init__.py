@@ -1,0 +1,1 @@
+"""What a run of days needs around the lessons: files, machines, checkpoints, runs, measurements."""
