@@ -65,20 +65,18 @@ def trapezoid(
     peak: float,
     final: float,
     warmup_steps: int,
-    decay_steps: int,
-    cooldown_steps: int | None = None,
+    steps: int,
+    cooldown_steps: int,
 ) -> float:
     """Rate of the 0-based `step`: linear warm-up, the peak, a straight line to `final`.
 
-    The line fills the last `cooldown_steps` (half, unless given) before `decay_steps`.
-    Also called WSD. Source: Hägele et al. 2024.
+    The line fills the last `cooldown_steps` of `steps`. Also called WSD.
+    Source: Hägele et al. 2024.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    cooldown = decay_steps // 2 if cooldown_steps is None else cooldown_steps
-    return final + (peak - final) * min(
-        1, max(0, decay_steps - step) / max(1, cooldown)
-    )
+    left = min(1, max(0, steps - step) / max(1, cooldown_steps))  # 1 .. 0
+    return final + (peak - final) * left
 
 
 SCHEDULES = {"cosine": cosine, "trapezoid": trapezoid}
