@@ -263,8 +263,9 @@ def test_keys_tell_texts_apart(tmp_path):
     path.write_text("one line\n" * 50)
     first = load_corpus(str(path)).key
     assert load_corpus(str(path)).key == first and first.startswith("text-txt-")
-    path.write_text("other line\n" * 50)
-    assert load_corpus(str(path)).key != first
+    path.write_text("two lines\n" * 45)  # as many bytes
+    os.utime(path, (1, 1))
+    assert path.stat().st_size == 450 and load_corpus(str(path)).key != first
     assert load_corpus("tinywiki").key != load_corpus("wikitext-2").key
 
 
