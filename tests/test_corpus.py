@@ -145,7 +145,7 @@ def test_looking_for_the_network_changes_no_other_library(monkeypatch):
     assert not has_network()
     with pytest.raises(CorpusError, match="cannot be reached"):
         list(load_corpus("wikitext-2").splits)
-    assert constants.HF_HUB_OFFLINE == before
+    assert before == constants.HF_HUB_OFFLINE
 
 
 def write_dataset(folder, rows, splits=("train", "validation")):
