@@ -78,13 +78,17 @@ class Checkpoints:
 
     def parts(self, step: int) -> dict[Path, str]:
         """The files of a checkpoint and their hashes, as `step-N.sha256` has them."""
-        path = self.path(step, "sha256")
+        path, line = self.path(step, "sha256"), r"([0-9a-f]{64})  (step-[\w.]+)"
         try:
-            lines = path.read_text().splitlines()
-            pairs = (re.fullmatch(r"([0-9a-f]{64})  (step-[\w.]+)", s) for s in lines)
-            return {self.folder / pair[2]: pair[1] for pair in pairs}
-        except (OSError, TypeError, UnicodeDecodeError):
-            raise CheckpointError(f"{path.name}: missing or damaged") from None
+            text = path.read_bytes().decode("ascii", errors="replace")
+        except OSError as error:
+            raise CheckpointError(
+                f"{path.name}: cannot be read ({error.strerror})"
+            ) from None
+        found = [re.fullmatch(line, row) for row in text.splitlines()]
+        if not found or None in found:
+            raise CheckpointError(f"{path.name}: damaged, it names no files")
+        return {self.folder / match[2]: match[1] for match in found}
 
     def save(self, step: int, state: dict, *, best: int | None = None) -> None:
         """Write a checkpoint, note which one is the best, delete those no longer kept.
@@ -179,7 +183,7 @@ class Checkpoints:
                 self.say(f"{error}; trying the one before it")
         if steps:
             raise CheckpointError(
-                f"{self.folder}: none of {len(steps)} checkpoints is whole; restore one, "
-                "or choose another --out to begin again"
+                f"{self.folder}: none of {len(steps)} checkpoints is whole; restore "
+                "one, or choose another --out to begin again"
             )
         return None

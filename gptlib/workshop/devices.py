@@ -5,6 +5,8 @@ Tangled from book/workshop/W3_devices.md; change it there, not here.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import platform
 import re
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import gptlib
 from gptlib import GptlibError
 from gptlib.training import Precision
 
@@ -143,6 +146,23 @@ def describe_machine(device: torch.device) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def describe_code() -> dict:
+    """Version, commit (None if it is not a checkout) and hash of gptlib's own files."""
+    folder, digest = Path(gptlib.__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(path.read_bytes())
+    commit = None
+    if (folder.parent / ".git").exists():
+        with contextlib.suppress(OSError):
+            asked = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+            answer = subprocess.run(asked, capture_output=True, text=True)
+            commit = answer.stdout.strip() or None
+    files = digest.hexdigest()[:16]
+    return {"version": gptlib.__version__, "commit": commit, "files": files}
 
 
 # dense peak in TFLOP/s from the makers' data sheets:

@@ -6,6 +6,7 @@ Tangled from book/workshop/W6_watching.md; change it there, not here.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from tqdm import tqdm
 
 from gptlib import GptlibError
+from gptlib.training import TrainConfig
 from gptlib.workshop.files import FileError, write_whole
 
 
@@ -38,7 +41,7 @@ def whole_lines(path: Path) -> list[tuple[dict, str]]:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a JSONL file; one cut off by a kill is left out, and so is what follows."""
+    """Rows of a JSONL file, up to the first that is not whole."""
     path = Path(path)
     return [row for row, _ in whole_lines(path)] if path.exists() else []
 
@@ -78,7 +81,7 @@ class RowWriter:
 
 
 def plot_run(run: Path, ax=None, *, floor: float | None = None):
-    """Training and validation loss of a run so far, from its files. Returns the axes."""
+    """Training and validation loss of a run so far. Returns the axes."""
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots()[1]
@@ -272,6 +275,63 @@ class StopRequest:
 
     def __exit__(self, *error) -> None:
         self.restore()
+
+
+class Journal:
+    """What a leg writes besides checkpoints, and its progress bar.
+
+    `metrics.jsonl` has what is exact, `timings.jsonl` what is measured. ideal_seconds:
+    of a step at the device's peak, or None.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        config: TrainConfig,
+        step: int,
+        *,
+        log: str = "none",
+        progress: bool = True,
+        ideal_seconds: float | None = None,
+    ):
+        self.tokens, self.ideal_seconds = config.tokens_per_step, ideal_seconds
+        self.metrics = RowWriter(run / "metrics.jsonl")
+        self.timings = RowWriter(run / "timings.jsonl")
+        self.logger = make_logger(log, run, dataclasses.asdict(config), step)
+        options = {"disable": not progress, "file": Terminal(), "unit": "step"}
+        self.bar = tqdm(total=config.steps, initial=step, **options)
+
+    def step(self, row: dict, seconds: float, peak_bytes: int) -> None:
+        rate = self.tokens / seconds
+        timing = {"step": row["step"], "seconds_per_step": seconds}
+        timing |= {"tokens_per_second": rate, "peak_bytes": peak_bytes}
+        if self.ideal_seconds:
+            timing["mfu"] = self.ideal_seconds / seconds
+        self.metrics.write(row)
+        self.timings.write(timing)
+        self.logger.log(row | timing, row["step"])
+        self.bar.update()
+        text = f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s"
+        self.bar.set_postfix_str(text, refresh=False)
+
+    def evaluation(self, step: int, loss: float) -> None:
+        row = {"step": step, "validation_loss": loss}
+        self.metrics.write(row)
+        self.logger.log(row, step)
+        if not self.bar.disable:
+            self.bar.write(f"step {step}: validation loss {loss:.4f}", file=Terminal())
+
+    def saved(self, step: int, seconds: float) -> None:
+        self.timings.write({"step": step, "save_seconds": seconds})
+
+    def sync(self) -> None:
+        """Return when all rows are on the disk."""
+        self.metrics.sync()
+        self.timings.sync()
+
+    def close(self) -> None:
+        for thing in (self.metrics, self.timings, self.logger, self.bar):
+            thing.close()
 
 
 @contextlib.contextmanager
