@@ -35,7 +35,13 @@ BYTES = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})
 
 def model_of(**options) -> GPT:
     torch.manual_seed(0)
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 264}
+    shape = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 16,
+        "block_size": 16,
+        "vocab_size": 264,
+    }
     model = GPT(GPTConfig(**shape | options)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -81,7 +87,9 @@ def test_context_out_of_range_is_named(context):
         token_losses(model_of(), np.arange(20), context=context)
 
 
-@pytest.mark.parametrize("context, stride", [(16, 1), (16, 16), (16, 5), (7, 7), (7, 2), (1, 1)])
+@pytest.mark.parametrize(
+    "context, stride", [(16, 1), (16, 16), (16, 5), (7, 7), (7, 2), (1, 1)]
+)
 def test_losses_equal_a_loop_over_tokens(context, stride):
     model = model_of()
     ids = np.random.default_rng(1).integers(0, 264, 67)
@@ -89,16 +97,28 @@ def test_losses_equal_a_loop_over_tokens(context, stride):
     for start, stop, first in windows(67, context, stride):
         for target in range(first, stop + 1):
             with torch.no_grad():
-                logits = model(torch.from_numpy(ids[start:target])[None])[0][0, -1].double()
+                logits = model(torch.from_numpy(ids[start:target])[None])[0][
+                    0, -1
+                ].double()
             expected[target - 1] = -logits.log_softmax(-1)[ids[target]].item()
-    assert np.abs(token_losses(model, ids, context=context, stride=stride) - expected).max() < 1e-4
+    assert (
+        np.abs(
+            token_losses(model, ids, context=context, stride=stride) - expected
+        ).max()
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("stride", [None, 5])
 def test_batch_size_does_not_matter(stride):
-    model, split = model_of(), split_of(["some text or other", "a second one", "x" * 300])
+    model, split = (
+        model_of(),
+        split_of(["some text or other", "a second one", "x" * 300]),
+    )
     results = [
-        evaluate(model, split, BYTES, corpus="own", stride=stride, batch_size=size).nats_per_token
+        evaluate(
+            model, split, BYTES, corpus="own", stride=stride, batch_size=size
+        ).nats_per_token
         for size in (1, 2, 3, 7, 1000)
     ]
     assert max(results) - min(results) < 1e-6
@@ -129,7 +149,9 @@ def test_each_document_gets_its_own_losses_and_units():
     assert found.word_perplexity == pytest.approx(math.exp(total / found.words))
     assert found.floor is None and found.step == 7
     assert len(found.blocks) == len(losses) // 16
-    assert np.mean(found.blocks) == pytest.approx(losses[: len(losses) // 16 * 16].mean())
+    assert np.mean(found.blocks) == pytest.approx(
+        losses[: len(losses) // 16 * 16].mean()
+    )
 
 
 def test_line_ends_come_from_the_argument_the_record_or_the_text():
@@ -139,9 +161,13 @@ def test_line_ends_come_from_the_argument_the_record_or_the_text():
         ({"lines": 5}, {}, 5),
         ({"lines": 5}, {"lines": 9}, 9),
     ]:
-        found = evaluate(model, split_of(texts, **record), BYTES, corpus="own", **options)
+        found = evaluate(
+            model, split_of(texts, **record), BYTES, corpus="own", **options
+        )
         assert found.words == 3 + lines
-    part = evaluate(model, split_of(texts, lines=5), BYTES, corpus="own", max_documents=1)
+    part = evaluate(
+        model, split_of(texts, lines=5), BYTES, corpus="own", max_documents=1
+    )
     assert part.words == 2 + 1 and part.tokens == (4,)
 
 
@@ -156,7 +182,11 @@ def test_an_empty_split_is_refused(texts):
 
 def test_an_empty_document_among_others_costs_nothing():
     found = evaluate(model_of(), split_of(["abc", "", "de"]), BYTES, corpus="own")
-    assert found.tokens == (3, 0, 2) and found.nats[1] == 0 and math.isfinite(found.interval()[1])
+    assert (
+        found.tokens == (3, 0, 2)
+        and found.nats[1] == 0
+        and math.isfinite(found.interval()[1])
+    )
 
 
 def test_weights_that_are_not_finite_are_named():
@@ -193,8 +223,12 @@ def test_continuations_are_scored_whatever_their_length_and_the_prompts():
         prompt = rng.integers(0, 264, n_prompt).tolist()
         several = [rng.integers(0, 264, n).tolist() for n in (1, 4, 2)]
         kept = prompt[-(16 + 1 - 4) :]
-        for tokens, found in zip(several, continuation_log_probs(model, prompt, several).tolist()):
-            direct = -token_losses(model, np.array(kept + tokens))[len(kept) - 1 :].sum()
+        for tokens, found in zip(
+            several, continuation_log_probs(model, prompt, several).tolist()
+        ):
+            direct = -token_losses(model, np.array(kept + tokens))[
+                len(kept) - 1 :
+            ].sum()
             assert found == pytest.approx(direct, abs=1e-4)
 
 
@@ -225,14 +259,18 @@ def test_probes_count_successes_of_a_model_whose_answers_are_known():
     recall, question, name = run_probes(model, BYTES, probes, is_name=is_name, draws=3)
     assert (recall.correct, recall.trials, recall.chance) == (1, 2, (1 / 4 + 1 / 2) / 2)
     assert (question.correct, question.trials, question.chance) == (1, 1, 1 / 2)
-    assert (name.correct, name.trials) == (3, 3) and name.chance > 0.9  # it always says a name
+    assert (name.correct, name.trials) == (
+        3,
+        3,
+    ) and name.chance > 0.9  # it always says a name
 
 
 def test_probes_are_seeded_and_run_at_chance_on_random_weights():
     model, rng = model_of(), np.random.default_rng(0)
     words = ["ab", "cd", "ef", "gh"]
     probes = [
-        Probe("recall", f"{rng.integers(1e9)} is", words[i % 4], tuple(words)) for i in range(200)
+        Probe("recall", f"{rng.integers(1e9)} is", words[i % 4], tuple(words))
+        for i in range(200)
     ]
     (found,) = run_probes(model, BYTES, probes)
     assert found.chance == 0.25 and found.interval()[0] < 0.25 < found.interval()[1]

@@ -4,13 +4,22 @@ import pytest
 import torch
 
 from gptlib.gpt import GPT, GPTConfig
-from gptlib.sampling import KVCache, draw, generate, next_token_probs, stream, window_start
+from gptlib.sampling import (
+    KVCache,
+    draw,
+    generate,
+    next_token_probs,
+    stream,
+    window_start,
+)
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)).eval()
+    return GPT(
+        GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)
+    ).eval()
 
 
 def seeded(seed=0):
@@ -79,7 +88,11 @@ def test_draws_follow_the_softmax():
     for tau in (0.7, 1.0, 1.2):
         expected = n * (logits[0] / tau).softmax(-1)
         probs = next_token_probs(logits, temperature=tau).expand(n, -1)
-        counts = torch.multinomial(probs, 1, generator=seeded()).flatten().bincount(minlength=8)
+        counts = (
+            torch.multinomial(probs, 1, generator=seeded())
+            .flatten()
+            .bincount(minlength=8)
+        )
         assert (
             (counts - expected) ** 2 / expected
         ).sum() < 24.3  # 7 degrees of freedom, 1 in 1,000
@@ -91,7 +104,9 @@ def test_tokens_that_generate_draws_follow_the_softmax(model):
     expected = n * model(torch.tensor([[7]]))[0][0, -1].softmax(-1)
     drawn = generate(model, torch.full((n, 1), 7), 1, generator=seeded())[:, 1]
     counts = drawn.bincount(minlength=64)
-    assert ((counts - expected) ** 2 / expected).sum() < 103.4  # 63 degrees of freedom, 1 in 1,000
+    assert (
+        (counts - expected) ** 2 / expected
+    ).sum() < 103.4  # 63 degrees of freedom, 1 in 1,000
 
 
 def test_top_k_and_top_p():
@@ -101,7 +116,9 @@ def test_top_k_and_top_p():
         probs = next_token_probs(logits, top_k=k)
         assert torch.equal((probs > 0).sum(-1), torch.full((5,), min(k, 300)))
         kept = probs > 0
-        assert (full.masked_fill(~kept, 2).amin(-1) >= full.masked_fill(kept, -1).amax(-1)).all()
+        assert (
+            full.masked_fill(~kept, 2).amin(-1) >= full.masked_fill(kept, -1).amax(-1)
+        ).all()
         assert torch.allclose(probs.sum(-1), torch.ones(5))
     for p in (1e-9, 0.3, 0.9, 1.0):
         probs = next_token_probs(logits, top_p=p)
@@ -115,7 +132,9 @@ def test_top_k_and_top_p():
     assert ((both > 0).sum(-1) <= 10).all()
     ratio = both[0].topk(2).values
     best = full[0].topk(2).values
-    assert torch.allclose(ratio[0] / ratio[1], best[0] / best[1]), "ratios of the kept stay"
+    assert torch.allclose(ratio[0] / ratio[1], best[0] / best[1]), (
+        "ratios of the kept stay"
+    )
 
 
 def test_a_tie_leaves_greedy_one_token():
@@ -154,15 +173,22 @@ def test_draw_follows_the_probabilities_and_never_takes_a_zero():
     kept = probs[0] > 0
     assert (counts[~kept] == 0).all()
     expected = n * probs[0, kept]
-    assert ((counts[kept] - expected) ** 2 / expected).sum() < 16.3  # 3 degrees of freedom
-    assert (draw(2 * probs.expand(n, -1), seeded()).flatten().bincount(minlength=7) == counts).all()
+    assert (
+        (counts[kept] - expected) ** 2 / expected
+    ).sum() < 16.3  # 3 degrees of freedom
+    assert (
+        draw(2 * probs.expand(n, -1), seeded()).flatten().bincount(minlength=7)
+        == counts
+    ).all()
 
 
 def test_draw_at_both_ends(monkeypatch):
     probs = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
     for dart, token in ((0.0, 1), (0.25, 2), (1 - 2**-53, 2), (1.0, 2)):
         monkeypatch.setattr(
-            torch, "rand", lambda *a, d=dart, **k: torch.tensor([[d]], dtype=torch.float64)
+            torch,
+            "rand",
+            lambda *a, d=dart, **k: torch.tensor([[d]], dtype=torch.float64),
         )
         assert draw(probs).item() == token
 

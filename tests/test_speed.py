@@ -56,12 +56,16 @@ def test_equal_to_plain_loss_in_fp32(model, batch, rows, fuse):
 def test_compiled_or_its_fallback_is_equal(model, batch):
     expected, gradients = loss_and_gradients(model, plain_loss, batch)
     for rows in (64, 24, 7):
-        loss, found = loss_and_gradients(model, chunked_loss, batch, rows=rows, fuse=True)
+        loss, found = loss_and_gradients(
+            model, chunked_loss, batch, rows=rows, fuse=True
+        )
         assert torch.allclose(loss, expected, atol=1e-5)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, gradients))
 
 
-def test_without_a_compiler_one_line_and_the_same_value(model, batch, monkeypatch, capsys):
+def test_without_a_compiler_one_line_and_the_same_value(
+    model, batch, monkeypatch, capsys
+):
     def broken(*args, **kwargs):
         def call(*args):
             raise RuntimeError("no C++ compiler\nand a long story")
@@ -86,7 +90,9 @@ def test_bf16_is_as_close_as_plain_bf16(model, batch, fuse):
     exact_loss, exact = loss_and_gradients(model, plain_loss, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plain_value, plain = loss_and_gradients(model, plain_loss, batch)
-        value, found = loss_and_gradients(model, chunked_loss, batch, rows=24, fuse=fuse)
+        value, found = loss_and_gradients(
+            model, chunked_loss, batch, rows=24, fuse=fuse
+        )
     assert value.dtype == torch.float32
     assert abs(value - exact_loss) < max(0.02, 2 * abs(plain_value - exact_loss))
 
@@ -101,11 +107,16 @@ def test_bf16_is_as_close_as_plain_bf16(model, batch, fuse):
 @pytest.mark.parametrize("rows", [1, 3, 7])
 def test_gradcheck_in_float64(fuse, rows):
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(7, 4, dtype=torch.float64, generator=generator, requires_grad=True)
-    weight = torch.randn(11, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    hidden = torch.randn(
+        7, 4, dtype=torch.float64, generator=generator, requires_grad=True
+    )
+    weight = torch.randn(
+        11, 4, dtype=torch.float64, generator=generator, requires_grad=True
+    )
     targets = torch.randint(11, (7,), generator=generator)
     assert torch.autograd.gradcheck(
-        lambda h, w: ChunkedCrossEntropy.apply(h, w, targets, rows, fuse), (hidden, weight)
+        lambda h, w: ChunkedCrossEntropy.apply(h, w, targets, rows, fuse),
+        (hidden, weight),
     )
 
 
@@ -140,13 +151,17 @@ def test_accumulation_equals_the_large_batch(model, batch):
     model.zero_grad()
     for x, y in zip(batch[0].split(2), batch[1].split(2)):
         (3 * chunked_loss(model, x, y, rows=5) / 2).backward()
-    assert all(torch.allclose(p.grad, g, atol=1e-5) for p, g in zip(model.parameters(), whole))
+    assert all(
+        torch.allclose(p.grad, g, atol=1e-5) for p, g in zip(model.parameters(), whole)
+    )
 
 
 @pytest.mark.parametrize("fuse", [False, None])
 def test_fp16_keeps_the_small_probabilities(fuse):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=32, vocab_size=50_304))
+    model = GPT(
+        GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=32, vocab_size=50_304)
+    )
     batch = torch.randint(50_304, (2, 40, 32))
     _, exact = loss_and_gradients(model, plain_loss, batch)
     with torch.autocast("cpu", dtype=torch.float16):
@@ -166,7 +181,9 @@ def test_fast_loss_is_chosen_by_vocabulary_and_says_what_it_is():
 @pytest.mark.parametrize("chunked", [True, False])
 def test_compiled_blocks_compute_the_same_and_keep_their_names(batch, chunked):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=203))
+    model = GPT(
+        GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=203)
+    )
     names = list(model.state_dict())
     expected, gradients = loss_and_gradients(model, plain_loss, batch)
     loss, found = loss_and_gradients(model, FastLoss(chunked, compiled=True), batch)
@@ -186,7 +203,9 @@ def test_bad_rows(model, batch):
 @torch.no_grad()
 def test_sampling_copy(bias):
     torch.manual_seed(0)
-    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=203, bias=bias)
+    config = GPTConfig(
+        n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=203, bias=bias
+    )
     model = GPT(config).eval()
     for name, p in model.named_parameters():
         if name.endswith("bias"):
@@ -212,7 +231,9 @@ def test_sampling_copy(bias):
         ]
         assert torch.equal(*texts)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-    assert all(p.requires_grad for p in model.parameters()), "the model can still be trained"
+    assert all(p.requires_grad for p in model.parameters()), (
+        "the model can still be trained"
+    )
 
 
 def test_without_a_compiler_the_model_itself_samples(model, monkeypatch):
@@ -242,7 +263,15 @@ def test_table_and_options():
 
 
 def test_command_prints_the_promised_json():
-    command = [sys.executable, "-m", "gptlib.speed", "--preset", "demo", "--only", "final"]
+    command = [
+        sys.executable,
+        "-m",
+        "gptlib.speed",
+        "--preset",
+        "demo",
+        "--only",
+        "final",
+    ]
     command += ["--json", "--rounds", "1", "--steps", "1", "--micro-batch-size", "2"]
     command += ["--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True)
