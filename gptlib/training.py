@@ -47,6 +47,8 @@ class Precision:
 
 
 COUNT, SHARE, RATE = (1, 10**8), (0.0, 1.0), (0.0, 10.0)
+
+
 LIMITS = {  # lowest and highest value of each number in a configuration
     **dict.fromkeys(("steps", "batch_size", "eval_interval", "eval_sequences"), COUNT),
     **dict.fromkeys(("warmup_fraction", "cooldown_fraction"), SHARE),
@@ -117,7 +119,7 @@ class TrainConfig:
         return SCHEDULES[self.schedule](step, peak=peak, final=final, **self.spans())
 
     @classmethod
-    def from_dict(cls, values: dict) -> TrainConfig:
+    def from_dict(cls, values: dict) -> "TrainConfig":
         """The inverse of `dataclasses.asdict`; reads what older versions wrote."""
         values = {**values, "model": GPTConfig(**values["model"])}
         if "schedule" not in values:  # once a cool-down of None meant the cosine
@@ -221,6 +223,32 @@ class TrainState:
             setattr(self, name, state[name])
 
 
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+def check_finite(state: TrainState, row: dict) -> None:
+    """Raises TrainingError if the loss or the gradient's norm is not a number.
+
+    In fp16 an infinite gradient is counted and passed on, since the scaler skips its
+    step; the row's norm becomes None. More than MAX_SKIPPED_IN_A_ROW are an error too.
+    """
+    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+        state.skipped_in_a_row = 0
+        return
+    text = f"step {state.step + 1}: loss {row['loss']}, norm {row['grad_norm']}"
+    if state.scaler.is_enabled() and math.isfinite(row["loss"]):
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        row["grad_norm"] = None  # JSON has no infinity
+        if state.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
+            return
+        text += f"; {state.skipped_in_a_row} steps skipped in a row"
+    raise TrainingError(
+        f"{text}; no weight was changed; begin another run with a lower "
+        "learning rate, or with --precision fp32"
+    )
+
+
 @dataclass(frozen=True)
 class World:
     """The processes that train one model together: by default this one alone."""
@@ -261,32 +289,6 @@ def seed_dropout(config: TrainConfig, step: int, micro_batch: int, rank: int) ->
     if config.model.dropout:
         key = f"{config.seed} {step} {micro_batch} {rank}".encode()
         torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
-
-
-MAX_SKIPPED_IN_A_ROW = 20
-
-
-def check_finite(state: TrainState, row: dict) -> None:
-    """Raises TrainingError if the loss or the gradient's norm is not a number.
-
-    In fp16 an infinite gradient is counted and passed on, since the scaler skips its
-    step; the row's norm becomes None. More than MAX_SKIPPED_IN_A_ROW are an error too.
-    """
-    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
-        state.skipped_in_a_row = 0
-        return
-    text = f"step {state.step + 1}: loss {row['loss']}, norm {row['grad_norm']}"
-    if state.scaler.is_enabled() and math.isfinite(row["loss"]):
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        row["grad_norm"] = None  # JSON has no infinity
-        if state.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
-            return
-        text += f"; {state.skipped_in_a_row} steps skipped in a row"
-    raise TrainingError(
-        f"{text}; no weight was changed; begin another run with a lower "
-        "learning rate, or with --precision fp32"
-    )
 
 
 def training_step(
