@@ -75,12 +75,13 @@ def test_each_process_takes_a_card_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert process_device() == torch.device("cuda:3") and taken == [process_device()]
+    assert process_device() == torch.device("cuda:3") == taken[0]
     monkeypatch.delenv("LOCAL_RANK")
     assert process_device("cuda:1").index == 1 and process_device("cpu") == CPU
 
 
-FAST = {"optimizer": "muon", "schedule": "trapezoid", "zero_projections": True}
+# without zero_projections, whose first gradients are rounding that Muon makes large
+FAST = {"optimizer": "muon", "schedule": "trapezoid"}
 
 
 @posix
