@@ -48,7 +48,7 @@ def test_a_world_size_without_a_rank_is_named(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     with (
         pytest.raises(
-            GptlibError, match="WORLD_SIZE is set, RANK is not; start .*torchrun"
+            GptlibError, match="WORLD_SIZE is set without RANK; start .*torchrun"
         ),
         processes(CPU),
     ):
@@ -80,7 +80,8 @@ def test_each_process_takes_a_card_of_its_own(monkeypatch):
     assert process_device("cuda:1").index == 1 and process_device("cpu") == CPU
 
 
-# without zero_projections, whose first gradients are rounding that Muon makes large
+# without zero_projections, whose first gradients are rounding that Muon makes large;
+# Muon multiplies in bf16, so its weights agree to that, and the losses to fp32
 FAST = {"optimizer": "muon", "schedule": "trapezoid"}
 
 
@@ -100,11 +101,13 @@ def test_two_processes_equal_one_and_resume_as_one(config, tmp_path, changes, lo
     assert last_state(out["both"])["step"] == 6
     said = finish(start(config, out["both"], 1, **program))
     assert "processes 2 -> 1" in said
-    one = last_state(out["one"])["model"]
+    one, atol = last_state(out["one"])["model"], 5e-3 if changes else 1e-5
     for name in ("two", "both"):
-        assert losses(out[name]) == pytest.approx(losses(out["one"]), abs=1e-4)
+        assert losses(out[name]) == pytest.approx(
+            losses(out["one"]), abs=1e-3 if changes else 1e-5
+        )
         for key, weight in last_state(out[name])["model"].items():
-            assert torch.allclose(weight, one[key], atol=1e-3), key
+            assert torch.allclose(weight, one[key], atol=atol), key
 
 
 @posix

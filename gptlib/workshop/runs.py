@@ -87,31 +87,6 @@ class RunOptions:
                 )
 
 
-@dataclass(frozen=True)
-class Run:
-    """A trained model with all that is needed to use it."""
-
-    path: Path
-    model: GPT
-    tokenizer: Tokenizer
-    config: TrainConfig
-    step: int
-
-    def sample(self, prompt: str | Sequence[str] = "", *args, **options):
-        """The prompt with its continuation; for a list of prompts a list of texts.
-
-        Arguments as in `gptlib.sampling.stream_text`: max_new_tokens, temperature,
-        top_k, top_p, seed.
-        """
-        if isinstance(prompt, str):
-            return "".join(self.stream(prompt, *args, **options))
-        return sample_texts(self.model, self.tokenizer, prompt, *args, **options)
-
-    def stream(self, prompt: str = "", *args, **options) -> Iterator[str]:
-        """Yield the same text piece by piece, as it is drawn."""
-        return stream_text(self.model, self.tokenizer, prompt, *args, **options)
-
-
 def read_record(run: Path) -> dict | None:
     """What `run.json` says, or None if there is none."""
     path = Path(run) / "run.json"
@@ -124,30 +99,6 @@ def read_record(run: Path) -> dict | None:
         if isinstance(error, GptlibError):
             raise RunError(f"{path}: {error}") from None
         raise RunError(f"{path}: damaged or unreadable ({error}); restore it") from None
-
-
-def load_run(path: Path | str, which: str = "best", *, device: str = "cpu") -> Run:
-    """The model of a run: its `best` checkpoint by validation loss, or its `last`.
-
-    A damaged checkpoint is reported and the newest whole one taken. The optimiser's
-    state is not read. Raises RunError, CheckpointError.
-    """
-    path, record = Path(path), read_record(path)
-    if which not in ("best", "last"):
-        raise RunError(f"which is {which!r}; it must be best or last")
-    if record is None:
-        raise RunError(f"{path}: no run.json there; give the --out folder of a run")
-    tokenizer = own_tokenizer(path, record)
-    checkpoints, found = Checkpoints(path / "checkpoints", say=say), None
-    if which == "best":
-        found = checkpoints.load_best(model_only=True)
-    found = found or checkpoints.load_newest(model_only=True)
-    if found is None:
-        raise RunError(f"{path}: no checkpoint yet; let the run reach its first one")
-    model = GPT(record["config"].model)
-    model.load_state_dict(found[1]["model"])
-    model = model.to(devices.pick_device(device)).eval()
-    return Run(path, model, tokenizer, record["config"], found[0])
 
 
 def own_tokenizer(run: Path, record: dict) -> Tokenizer:
@@ -203,8 +154,8 @@ def check_record(old: dict, new: dict, out: Path) -> None:
     if changed:
         raise RunError(
             f"{out} was trained on another text under the name "
-            f"{new['config']['corpus']!r} (split {', '.join(changed)} differs); restore "
-            "it, or choose another --out"
+            f"{new['config']['corpus']!r} (split {', '.join(changed)} differs); "
+            "restore it, or choose another --out"
         )
     was, now = old["machine"], new["machine"]
     differences = [f"{k} {was.get(k)} -> {now[k]}" for k in now if was.get(k) != now[k]]
@@ -216,6 +167,55 @@ def check_record(old: dict, new: dict, out: Path) -> None:
             f"resuming on a changed machine ({'; '.join(differences)}): "
             "not bit for bit the same run"
         )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model with all that is needed to use it."""
+
+    path: Path
+    model: GPT
+    tokenizer: Tokenizer
+    config: TrainConfig
+    step: int
+
+    def sample(self, prompt: str | Sequence[str] = "", *args, **options):
+        """The prompt with its continuation; for a list of prompts a list of texts.
+
+        Arguments as in `gptlib.sampling.stream_text`: max_new_tokens, temperature,
+        top_k, top_p, seed.
+        """
+        if isinstance(prompt, str):
+            return "".join(self.stream(prompt, *args, **options))
+        return sample_texts(self.model, self.tokenizer, prompt, *args, **options)
+
+    def stream(self, prompt: str = "", *args, **options) -> Iterator[str]:
+        """Yield the same text piece by piece, as it is drawn."""
+        return stream_text(self.model, self.tokenizer, prompt, *args, **options)
+
+
+def load_run(path: Path | str, which: str = "best", *, device: str = "cpu") -> Run:
+    """The model of a run: its `best` checkpoint by validation loss, or its `last`.
+
+    A damaged checkpoint is reported and the newest whole one taken. The optimiser's
+    state is not read. Raises RunError, CheckpointError.
+    """
+    path, record = Path(path), read_record(path)
+    if which not in ("best", "last"):
+        raise RunError(f"which is {which!r}; it must be best or last")
+    if record is None:
+        raise RunError(f"{path}: no run.json there; give the --out folder of a run")
+    tokenizer = own_tokenizer(path, record)
+    checkpoints, found = Checkpoints(path / "checkpoints", say=say), None
+    if which == "best":
+        found = checkpoints.load_best(model_only=True)
+    found = found or checkpoints.load_newest(model_only=True)
+    if found is None:
+        raise RunError(f"{path}: no checkpoint yet; let the run reach its first one")
+    model = GPT(record["config"].model)
+    model.load_state_dict(found[1]["model"])
+    model = model.to(devices.pick_device(device)).eval()
+    return Run(path, model, tokenizer, record["config"], found[0])
 
 
 def load_init(model: GPT, source: Run, tokenizer: Tokenizer) -> None:
@@ -379,12 +379,12 @@ class Leg:
             )
         if state.step < self.config.steps:
             self.say(
-                f"stopped at step {state.step} of {self.config.steps}, all of it saved; "
-                "the same command goes on from here"
+                f"stopped at step {state.step} of {self.config.steps}, all of it "
+                "saved; the same command goes on from here"
             )
 
     def after_step(self, row: dict) -> bool:
-        """Write the row, evaluate and save when it is time; whether the leg ends here."""
+        """Write, evaluate and save when it is time; whether the leg ends here."""
         seconds = self.clock.step()
         if self.journal:
             self.journal.step(row, seconds, devices.peak_memory(self.world.device))
@@ -405,8 +405,8 @@ class Leg:
             loss = validation_loss(self.module, *args)
             if not math.isfinite(loss):
                 raise RunError(
-                    f"step {state.step}: validation loss {loss}; the last checkpoint is "
-                    "whole: begin another run with a lower learning rate"
+                    f"step {state.step}: validation loss {loss}; the last checkpoint "
+                    "is whole: begin another run with a lower learning rate"
                 )
             if loss < state.best:
                 state.best, state.best_step = loss, state.step
