@@ -6,34 +6,27 @@ Tangled from book/chapters/01_corpus.md; change it there, not here.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-from gptlib.workshop.tinywiki import DEFAULT_BYTES, TinyWiki
-
-
-class CorpusError(ValueError):
-    """A corpus that cannot be had or read; the message says how to get it or what works offline."""
-
-
-def cache_dir() -> Path:
-    """Folder for what can be made again: `$GPTLIB_RUNS/cache`, or `runs/cache` below the current folder."""
-    path = Path(os.environ.get("GPTLIB_RUNS", "runs")) / "cache"
-    path.mkdir(parents=True, exist_ok=True)
-    return path.resolve()
+from gptlib import GptlibError
+from gptlib.workshop.files import cache_dir
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text. A long document comes as several pieces; only its first has `starts`.
+    """A stretch of text. Of the pieces of a long document only the first has `starts`.
 
-    lines: how many lines of the source it holds. WikiText counts a blank line too, though the
-    `datasets` library hands it over as an empty row.
+    lines: how many lines of the source it holds. WikiText counts a blank line too,
+    though the `datasets` library hands it over as an empty row.
     """
 
     text: str
@@ -41,24 +34,22 @@ class Piece:
     lines: int = 0
 
 
-MAX_PIECE = (
-    1_000_000  # characters; bounds the memory that one piece of a huge document takes
-)
 TITLE = re.compile(r" = [^=\s](?:.*[^=\s])? = \n")
 
 
-def documents_of_rows(rows: Iterator[str]) -> Iterator[Piece]:
+def documents_of_rows(rows: Iterable[str]) -> Iterator[Piece]:
     """The documents in the rows of a split.
 
-    Rows in WikiText's manner are one line each, and a row ` = Title = ` after a blank one begins an
-    article: such rows are joined. If the first row with text is no title, each row is a document.
+    Rows in WikiText's manner are one line each, and a row ` = Title = ` after a blank
+    one begins an article: such rows are joined. If the first row with text is no title,
+    each row is a document.
     """
     article: list[str] = []
-    blank, lines = True, None
+    blank, wikitext = True, None
     for row in rows:
-        if lines is None and row.strip():
-            lines = bool(TITLE.fullmatch(row))
-        if lines is False:
+        if wikitext is None and row.strip():
+            wikitext = bool(TITLE.fullmatch(row))
+        if wikitext is False:
             yield Piece("".join([*article, row]), lines=row.count("\n"))
             article = []
             continue
@@ -71,24 +62,59 @@ def documents_of_rows(rows: Iterator[str]) -> Iterator[Piece]:
         yield Piece("".join(article), lines=len(article))
 
 
-class Corpus:
-    """Named text in splits. `pieces(split)` streams it; nothing is held in memory whole."""
+class CorpusError(GptlibError):
+    """A corpus that cannot be had or read; the message says how to get it."""
 
-    def __init__(self, name: str, splits: dict[str, object]):
-        self.name = name
-        self._readers = (
-            splits  # split -> function that returns a fresh iterator of pieces
-        )
+
+Reader = Callable[[], Iterator[Piece]]
+
+
+class Corpus:
+    """Named text in splits, streamed: no split is ever held in memory whole.
+
+    readers: for each split a function that returns a fresh iterator of pieces, or a
+    function that returns such a dictionary and is called when text is first asked for.
+    key: stands for the exact text; what is made from the text is kept under this name.
+    hold_out: if there is no validation split, take every 20th training document for it,
+    and say so on stderr.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        readers: dict[str, Reader] | Callable[[], dict[str, Reader]],
+        *,
+        key: str = "",
+        hold_out: bool = False,
+    ):
+        self.name, self.key = name, key or name
+        self.held_out: str | None = None  # how a missing validation split was made
+        self._given, self._hold_out = readers, hold_out
+
+    @cached_property
+    def _readers(self) -> dict[str, Reader]:
+        readers = dict(self._given() if callable(self._given) else self._given)
+        if self._hold_out and "train" in readers and "validation" not in readers:
+            self.held_out = f"every {HELD_OUT}th document of train"
+            print(
+                f"corpus {self.name}: no validation split; "
+                f"{self.held_out} is held out as validation",
+                file=sys.stderr,
+            )
+            readers |= hold_out(self.name, readers["train"])
+        return readers
 
     @property
     def splits(self) -> tuple[str, ...]:
+        """The names of the splits."""
         return tuple(self._readers)
 
     def pieces(self, split: str) -> Iterator[Piece]:
-        """Stream the documents of a split. Raises CorpusError for a split that is not there."""
+        """Stream a split. Raises CorpusError for a split that is not there."""
         if split not in self._readers:
             raise CorpusError(
-                f"corpus {self.name!r} has no split {split!r}; it has {', '.join(self.splits)}"
+                f"corpus {self.name!r} has no split {split!r}; "
+                f"it has {', '.join(self.splits)}"
             )
         return self._readers[split]()
 
@@ -104,8 +130,37 @@ class Corpus:
             yield "".join(parts)
 
 
-def text_file(path: Path) -> Corpus:
-    """A UTF-8 file as a corpus: its first 90% train, then 5% validation, then 5% test, cut at line ends."""
+HELD_OUT = 20  # without a validation split, one training document in 20 becomes one
+
+
+def hold_out(name: str, train: Reader) -> dict[str, Reader]:
+    """Two readers for one: every 20th document is `validation`, the others `train`."""
+
+    def part(validation: bool) -> Iterator[Piece]:
+        document = 0  # the number of the document, from 1
+        for piece in train():
+            document += piece.starts
+            if (document % HELD_OUT == 0) == validation:
+                yield piece
+        if validation and document < HELD_OUT:
+            raise CorpusError(
+                f"{name}: {document} documents are too few to hold out every "
+                f"{HELD_OUT}th; add a validation file"
+            )
+
+    return {"train": partial(part, False), "validation": partial(part, True)}
+
+
+MAX_PIECE = 1_000_000  # bytes; bounds the memory that a piece of a huge document takes
+
+
+def text_file(path: Path, name: str = "", key: str = "") -> Corpus:
+    """A UTF-8 file as a corpus: 90% train, 5% validation, 5% test, cut at line ends.
+
+    Raises CorpusError for a file too short to be cut, and, once the text is read, for
+    one that is not UTF-8.
+    """
+    name = name or str(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         cuts = [0]
@@ -114,38 +169,36 @@ def text_file(path: Path) -> Corpus:
             file.readline()
             cuts.append(file.tell())
         cuts.append(size)
+    parts = dict(zip(("train", "validation", "test"), zip(cuts, cuts[1:])))
+    for split, (start, stop) in parts.items():
+        if start == stop:
+            raise CorpusError(
+                f"{name}: {size} bytes in too few lines, nothing is left for {split}; "
+                "add text, or break long lines"
+            )
 
-    def reader(start: int, stop: int):
-        def pieces() -> Iterator[Piece]:
-            with path.open("rb") as file:
-                file.seek(start)
-                first = True
-                while (place := file.tell()) < stop:
-                    block = file.read(min(MAX_PIECE, stop - place))
-                    if file.tell() < stop:
-                        block += file.readline()
-                    text = decode(block, path, place)
-                    yield Piece(text, starts=first, lines=text.count("\n"))
-                    first = False
+    def reader(start: int, stop: int) -> Iterator[Piece]:
+        with path.open("rb") as file:
+            file.seek(start)
+            while (place := file.tell()) < stop:
+                block = file.read(min(MAX_PIECE, stop - place))
+                if file.tell() < stop:
+                    block += file.readline()
+                text = decode(block, name, place)
+                yield Piece(text, starts=place == start, lines=text.count("\n"))
 
-        return pieces
-
-    names = ("train", "validation", "test")
-    return Corpus(
-        str(path),
-        {n: reader(a, b) for n, a, b in zip(names, cuts[:-1], cuts[1:], strict=True)},
-    )
+    readers = {split: partial(reader, *part) for split, part in parts.items()}
+    return Corpus(name, readers, key=key)
 
 
-def decode(block: bytes, path: Path, place: int) -> str:
+def decode(block: bytes, name: str, place: int) -> str:
     """UTF-8 to text, or a CorpusError that names the offending byte."""
     try:
         return block.decode("utf-8")
     except UnicodeDecodeError as error:
-        byte = block[error.start]
         raise CorpusError(
-            f"{path.name}: byte {place + error.start} (0x{byte:02x}) is not UTF-8; convert it, "
-            "for example with: iconv -f LATIN1 -t UTF-8"
+            f"{name}: byte {place + error.start} (0x{block[error.start]:02x}) is not "
+            "UTF-8; convert the file, for example with: iconv -f LATIN1 -t UTF-8"
         ) from None
 
 
@@ -153,128 +206,123 @@ HUB = {
     "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
 }
-OFFLINE_HINT = "the corpus `tinywiki` needs no network"
+OFFLINE = "the corpus `tinywiki` needs no network"
 
 
-def dataset(name: str, source: str, config: str | None, **options) -> Corpus:
-    """A corpus read through the `datasets` library, row by row from its memory-mapped files."""
+def read_dataset(
+    name: str, source: str, config: str | None, cache: Path | None = None
+) -> dict[str, Reader]:
+    """Readers of a data set, by the `datasets` library, from memory-mapped files."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        splits = datasets.load_dataset(source, config, **options)
+        splits = datasets.load_dataset(source, config, cache_dir=cache and str(cache))
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise CorpusError(f"{name}: `datasets` cannot read it: {reason}") from None
+        raise CorpusError(
+            f"{name}: `datasets` cannot read it: {reason}; {OFFLINE}"
+        ) from error
 
-    def reader(split):
-        def pieces() -> Iterator[Piece]:
-            if "text" not in split.column_names:
-                raise CorpusError(
-                    f"{name}: rows have no column 'text', only {split.column_names}; rename one"
-                )
-            if "title" in split.column_names:
-                return titled(split)
-            return documents_of_rows(
-                row for batch in split.iter(1000) for row in batch["text"]
+    def reader(rows) -> Iterator[Piece]:
+        if "text" not in rows.column_names:
+            raise CorpusError(
+                f"{name}: rows have no column 'text', only {rows.column_names}; "
+                "rename one of them"
             )
+        if "title" in rows.column_names:
+            return join_titles(rows)
+        return documents_of_rows(r for batch in rows.iter(1000) for r in batch["text"])
 
-        return pieces
-
-    return Corpus(name, {key: reader(split) for key, split in splits.items()})
+    return {split: partial(reader, rows) for split, rows in splits.items()}
 
 
-def titled(split) -> Iterator[Piece]:
+def join_titles(rows) -> Iterator[Piece]:
     """Rows with a title: neighbouring rows of one title are one document."""
     last = None
-    for batch in split.iter(100):
+    for batch in rows.iter(100):
         for title, text in zip(batch["title"], batch["text"], strict=True):
-            yield Piece(
-                text if title != last else "\n" + text,
-                starts=title != last,
-                lines=text.count("\n") + 1,
-            )
+            new = title != last
+            yield Piece(text if new else "\n" + text, new, text.count("\n") + 1)
             last = title
 
 
-def has_network(host: str = "huggingface.co", timeout: float = 2.0) -> bool:
-    """Whether the hub can be reached; behind a proxy only the proxy knows, so that counts as yes."""
-    if any(
-        os.environ.get(name)
-        for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-    ):
-        return True
+def has_network(timeout: float = 2.0) -> bool:
+    """Whether the Hugging Face hub, or the proxy before it, takes a connection."""
+    hub = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    proxies = getproxies()
+    proxy = proxies.get("https") or proxies.get("all")
+    if proxy and not proxy_bypass(hub.hostname):
+        hub = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = hub.port or (443 if hub.scheme == "https" else 80)
     try:
-        socket.create_connection((host, 443), timeout).close()
+        socket.create_connection((hub.hostname, port), timeout).close()
         return True
     except OSError:
         return False
 
 
-def from_hub(name: str) -> Corpus:
-    """WikiText from the Hugging Face hub, or from its cache when there is no network."""
-    if not has_network():
-        import datasets
-        import huggingface_hub
-
-        # the variables HF_HUB_OFFLINE are read at import only, hence the constants
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        return dataset(name, *HUB[name])
-    except CorpusError as error:
-        if has_network():
-            raise
+def read_hub(name: str) -> dict[str, Reader]:
+    """Readers of WikiText from the hub; with HF_HUB_OFFLINE=1 from the local cache."""
+    if not os.environ.get("HF_HUB_OFFLINE") and not has_network():
         raise CorpusError(
-            f"{name}: no network, and it is not in the cache (HF_HOME); connect once to fetch it, "
-            f"or set GPTLIB_DATA to a folder that holds it; {OFFLINE_HINT}"
-        ) from error
-
-
-def from_folder(name: str, folder: Path, config: str | None) -> Corpus:
-    """A local dataset folder in the hub's layout. Its cache is keyed by file sizes and times."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    listing = [
-        [str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns]
-        for p in files
-    ]
-    key = hashlib.sha256(json.dumps([config, listing]).encode()).hexdigest()[:16]
-    return dataset(
-        name, str(folder), config, cache_dir=str(cache_dir() / "datasets" / key)
-    )
-
-
-def tinywiki(seed: int = 0) -> Corpus:
-    """The book's own corpus (appendix A1): fresh articles, made as they are read."""
-    wiki = TinyWiki(seed=seed)
-
-    def reader(split):
-        return lambda: (
-            Piece(article.text, lines=article.text.count("\n"))
-            for article in wiki.articles(split)
+            f"{name}: the Hugging Face hub cannot be reached; if {name} was fetched "
+            "before, set HF_HUB_OFFLINE=1, or set GPTLIB_DATA to a folder that holds "
+            f"it; {OFFLINE}"
         )
-
-    return Corpus("tinywiki", {split: reader(split) for split in DEFAULT_BYTES})
+    return read_dataset(name, *HUB[name])
 
 
 def load_corpus(name: str) -> Corpus:
-    """Find a corpus by name: no silent fallback, no network unless the name asks for it.
+    """Find a corpus by name. Another corpus is never put in its place.
 
-    name: `tinywiki`, `wikitext-2`, `wikitext-103`, a dataset folder (`DIR` or `DIR:config`), a
-    text file, or the name of a folder below `$GPTLIB_DATA`. Raises CorpusError with the cure.
+    name: `tinywiki`, `wikitext-2`, `wikitext-103`, a dataset folder (`DIR` or
+    `DIR:config`), a text file, or one of these two below `$GPTLIB_DATA`. Raises
+    CorpusError, with the cure. A data set is opened when its text is first asked for.
     """
-    path, _, config = name.partition(":")
-    data = os.environ.get("GPTLIB_DATA")
-    places = [Path(path)] + ([Path(data) / path] if data else [])
     if name == "tinywiki":
-        return tinywiki()
-    for place in places:
-        if place.is_dir():
-            return from_folder(name, place, config or None)
-        if place.is_file():
-            return text_file(place)
+        return _tinywiki()
+    folder, _, config = name.rpartition(":")  # the last: C:\text.txt has a colon too
+    roots = [Path(), Path(os.environ.get("GPTLIB_DATA") or ".")]
+    places = [(root / name, None) for root in roots]
+    places += [(root / folder, config) for root in roots if folder and config]
+    for path, config in places:
+        if path.is_file():
+            return text_file(path, name, _key(name, [path]))
+        if path.is_dir():
+            key = _key(name, sorted(p for p in path.rglob("*") if p.is_file()))
+            cache = cache_dir() / "datasets" / key
+            readers = partial(read_dataset, name, str(path), config, cache)
+            return Corpus(name, readers, key=key, hold_out=True)
     if name in HUB:
-        return from_hub(name)
-    known = ", ".join(["tinywiki", *HUB])
+        return Corpus(name, partial(read_hub, name), hold_out=True)
     raise CorpusError(
-        f"unknown corpus {name!r}: it is none of {known}, no dataset folder and no text file; {OFFLINE_HINT}"
+        f"unknown corpus {name!r}: it is none of {', '.join(['tinywiki', *HUB])}, no "
+        f"dataset folder and no text file; {OFFLINE}"
     )
+
+
+def _key(name: str, files: Iterable[Path], contents: bool = False) -> str:
+    """The name, and a hash of the files: of names, sizes and times, or of contents."""
+    digest = hashlib.sha256(name.encode())
+    for path in files:
+        seen = path.stat()
+        stamp = f"{path.name} {seen.st_size} {seen.st_mtime_ns}".encode()
+        digest.update(path.read_bytes() if contents else stamp)
+    readable = re.sub(r"[^A-Za-z0-9]", "-", Path(name).name)[-40:]
+    return f"{readable}-{digest.hexdigest()[:8]}"
+
+
+def _tinywiki() -> Corpus:
+    """The book's own corpus: articles of an invented world, made as they are read."""
+    from gptlib.workshop import tinywiki
+
+    wiki, program = tinywiki.TinyWiki(seed=0), Path(tinywiki.__file__)
+    files = [program, *sorted(program.parent.glob("world/*"))]
+
+    def reader(split: str) -> Iterator[Piece]:
+        for article in wiki.articles(split):
+            yield Piece(article.text, lines=article.text.count("\n"))
+
+    readers = {s: partial(reader, s) for s in ("train", "validation", "test")}
+    return Corpus("tinywiki", readers, key=_key("tinywiki", files, contents=True))

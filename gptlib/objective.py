@@ -122,3 +122,9 @@ def make_muon(
     return Together(
         muon, torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
     )
+
+
+cosine = learning_rate
+CombinedOptimizer = Together
+SCHEDULES = {"cosine": cosine, "trapezoid": trapezoid}
+OPTIMIZERS = {"adamw": make_adamw, "muon": make_muon}
