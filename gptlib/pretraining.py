@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 
+from gptlib import GptlibError
+from gptlib.exchange import import_model
 from gptlib.speed import fast_loss
 from gptlib.training import (
+    PRESETS,
     TrainConfig,
     TrainState,
     WithLoss,
@@ -30,10 +36,13 @@ from gptlib.workshop.devices import (
 from gptlib.workshop.runs import (
     Run,
     RunOptions,
+    branch_run,
     fit_micro_batch,
+    load_run,
     memory_advice,
     run_training,
 )
+from gptlib.workshop.watching import errors_in_one_line
 
 
 def pretrain(config: TrainConfig, options: RunOptions) -> Run | None:
@@ -43,7 +52,7 @@ def pretrain(config: TrainConfig, options: RunOptions) -> Run | None:
     """
     kind = pick_device(options.device).type
     loss_fn = fast_loss(config.model.vocab_size, kind)
-    return run_training(config, options, loss_fn=loss_fn)
+    return run_training(config, options, loss_fn=loss_fn, open_init=open_init)
 
 
 @dataclass(frozen=True)
@@ -143,3 +152,52 @@ def plan(config: TrainConfig, options: RunOptions, *, seconds: float = 20.0) -> 
         tokens_per_second=rate,
         mfu=rate * model.flops_per_token() / peak if peak else None,
     )
+
+
+def open_init(source: str) -> Run:
+    """What `init` of a configuration names: a run, or a transformers model."""
+    if (Path(source) / "run.json").exists():
+        return load_run(source)
+    model, tokenizer = import_model(source)
+    return Run(Path(source), model, tokenizer, TrainConfig(model.config), step=0)
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Pretrain a GPT. On an unfinished --out the same command goes on."""
+
+    options: Annotated[RunOptions, tyro.conf.arg(name="")]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    preset: str = "tinytiny"  # gives the settings below their defaults
+    branch: Path | None = None  # begin with this trapezoid run, and cool it down
+    plan: bool = False  # measure, print what the run will take, and stop
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The part of the command line that gives the other part its defaults."""
+
+    preset: str = "tinytiny"
+    plan: bool = False
+
+
+def main() -> None:
+    """`gptlib pretrain --preset NAME --corpus NAME --out FOLDER`."""
+    with errors_in_one_line():
+        first, _ = tyro.cli(Preset, return_unknown_args=True, add_help=False)
+        if first.preset not in PRESETS:
+            known = ", ".join(PRESETS)
+            raise GptlibError(f"unknown preset {first.preset!r}; there are {known}")
+        options = RunOptions(Path("runs/plan") if first.plan else tyro.MISSING)
+        defaults = Pretrain(options, PRESETS[first.preset], first.preset)
+        command = tyro.cli(Pretrain, default=defaults)
+        config = command.config
+        if command.plan:
+            return print(plan(config, command.options))
+        if command.branch:
+            config = branch_run(command.branch, command.options.out)
+        pretrain(config, command.options)
+
+
+if __name__ == "__main__":
+    main()

@@ -46,21 +46,17 @@ class Precision:
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
+COUNT, SHARE, RATE = (1, 10**8), (0.0, 1.0), (0.0, 10.0)
+
+
 LIMITS = {  # lowest and highest value of each number in a configuration
+    **dict.fromkeys(("steps", "batch_size", "eval_interval", "eval_sequences"), COUNT),
+    **dict.fromkeys(("warmup_fraction", "cooldown_fraction"), SHARE),
+    **dict.fromkeys(("learning_rate", "final_learning_rate", "weight_decay"), RATE),
+    **dict.fromkeys(("beta1", "beta2"), (0.0, 0.99999)),
     "seed": (0, 2**63 - 1),
-    "steps": (1, 10**8 - 1),
-    "batch_size": (1, 2**24),
-    "learning_rate": (0.0, 10.0),
-    "final_learning_rate": (0.0, 10.0),
-    "warmup_fraction": (0.0, 1.0),
     "decay_fraction": (0.0, 100.0),
-    "cooldown_fraction": (0.0, 1.0),
-    "beta1": (0.0, 0.99999),
-    "beta2": (0.0, 0.99999),
-    "weight_decay": (0.0, 10.0),
     "grad_clip": (0.0, 1e6),
-    "eval_interval": (1, 10**8),
-    "eval_sequences": (1, 2**24),
 }
 
 
@@ -100,11 +96,9 @@ class TrainConfig:
                     f"{name} is {value}; it must be {kind} from {low} to {high:g}"
                 )
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in known:
-                raise TrainingError(
-                    f"unknown {name} {getattr(self, name)!r}; there are "
-                    + ", ".join(known)
-                )
+            if (value := getattr(self, name)) not in known:
+                there = ", ".join(known)
+                raise TrainingError(f"unknown {name} {value!r}; there are {there}")
 
     @property
     def tokens_per_step(self) -> int:
@@ -125,7 +119,7 @@ class TrainConfig:
         return SCHEDULES[self.schedule](step, peak=peak, final=final, **self.spans())
 
     @classmethod
-    def from_dict(cls, values: dict) -> TrainConfig:
+    def from_dict(cls, values: dict) -> "TrainConfig":
         """The inverse of `dataclasses.asdict`; reads what older versions wrote."""
         values = {**values, "model": GPTConfig(**values["model"])}
         if "schedule" not in values:  # once a cool-down of None meant the cosine
@@ -229,12 +223,35 @@ class TrainState:
             setattr(self, name, state[name])
 
 
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+def check_finite(state: TrainState, row: dict) -> None:
+    """Raises TrainingError if the loss or the gradient's norm is not a number.
+
+    In fp16 an infinite gradient is counted and passed on, since the scaler skips its
+    step; the row's norm becomes None. More than MAX_SKIPPED_IN_A_ROW are an error too.
+    """
+    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+        state.skipped_in_a_row = 0
+        return
+    text = f"step {state.step + 1}: loss {row['loss']}, norm {row['grad_norm']}"
+    if state.scaler.is_enabled() and math.isfinite(row["loss"]):
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        row["grad_norm"] = None  # JSON has no infinity
+        if state.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
+            return
+        text += f"; {state.skipped_in_a_row} steps skipped in a row"
+    raise TrainingError(
+        f"{text}; no weight was changed; begin another run with a lower "
+        "learning rate, or with --precision fp32"
+    )
+
+
 @dataclass(frozen=True)
 class World:
-    """The processes that train one model together: this one alone.
-
-    `gptlib.workshop.distribution` has a world of several.
-    """
+    """The processes that train one model together: by default this one alone."""
 
     rank: int = 0
     size: int = 1
@@ -272,32 +289,6 @@ def seed_dropout(config: TrainConfig, step: int, micro_batch: int, rank: int) ->
     if config.model.dropout:
         key = f"{config.seed} {step} {micro_batch} {rank}".encode()
         torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
-
-
-MAX_SKIPPED_IN_A_ROW = 20
-
-
-def check_finite(state: TrainState, row: dict) -> None:
-    """Raises TrainingError if the loss or the gradient's norm is not a number.
-
-    In fp16 an infinite gradient is counted and passed on, since the scaler skips its
-    step; the row's norm becomes None. More than MAX_SKIPPED_IN_A_ROW are an error too.
-    """
-    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
-        state.skipped_in_a_row = 0
-        return
-    text = f"step {state.step + 1}: loss {row['loss']}, norm {row['grad_norm']}"
-    if state.scaler.is_enabled() and math.isfinite(row["loss"]):
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        row["grad_norm"] = None  # JSON has no infinity
-        if state.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
-            return
-        text += f"; {state.skipped_in_a_row} steps skipped in a row"
-    raise TrainingError(
-        f"{text}; no weight was changed; begin again with a lower learning rate, "
-        "or with --precision fp32"
-    )
 
 
 def training_step(
@@ -340,17 +331,15 @@ def training_step(
     return row
 
 
-def micro_batches_per_step(
-    batch_size: int, micro_batch_size: int, processes: int
-) -> int:
-    """Micro-batches per process and step. Raises TrainingError if they are unequal."""
-    n, rest = divmod(batch_size, micro_batch_size * processes)
-    if rest or not n:
+def fit_micro_batch(batch_size: int, limit: int, processes: int = 1) -> int:
+    """The largest micro-batch up to `limit` that divides each process's share."""
+    share, rest = divmod(batch_size, processes)
+    if rest or not share:
         raise TrainingError(
-            f"batch_size {batch_size} is not a multiple of {processes} process(es) "
-            f"times micro_batch_size {micro_batch_size}; choose sizes that divide"
+            f"batch_size {batch_size} is not a multiple of {processes}, the number of "
+            "processes; choose one that is"
         )
-    return n
+    return max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
 
 
 def train(
@@ -363,15 +352,17 @@ def train(
     on_step: Callable[[dict], bool] = lambda row: False,
     world: World = ALONE,
 ) -> None:
-    """Train until `config.steps`, or until `on_step(row)` returns True."""
-    micro_batches_per_step(config.batch_size, micro_batch_size, world.size)
+    """Train until `config.steps`, or until `on_step(row)` returns True.
+
+    micro_batch_size: most sequences per forward pass; equal ones are made.
+    """
+    size = fit_micro_batch(config.batch_size, micro_batch_size, world.size)
     state.model.train()
     stop = False
     while state.step < config.steps and not stop:
-        share = (state.step, micro_batch_size, world.rank, world.size)
-        micro_batches = list(batches.micro_batches(*share))
+        share = batches.micro_batches(state.step, size, world.rank, world.size)
         try:
-            row = training_step(state, module, micro_batches, config, world=world)
+            row = training_step(state, module, list(share), config, world=world)
         except TrainingError as error:
             crops = ", ".join(str(o) for o in batches.offsets(state.step)[:8])
             raise TrainingError(f"{error}; its crops begin at {crops}") from None

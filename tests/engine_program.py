@@ -23,9 +23,11 @@ values, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 config = training.TrainConfig.from_dict(values)
 options = RunOptions(out=out, **json.loads(sys.argv[3]))
 program = json.loads(sys.argv[4])
-loss = {"plain": training.plain_loss, "chunked": speed.chunked_loss}[
-    program.get("loss", "plain")
-]
+loss = {
+    "plain": training.plain_loss,
+    "chunked": speed.FastLoss(chunked=True, compiled=False),
+    "compiled": speed.FastLoss(chunked=True, compiled=True),
+}[program.get("loss", "plain")]
 calls, exchanges, wrap = 0, [], Processes.wrap
 
 

@@ -36,7 +36,9 @@ def test_offsets_ignore_all_other_random_state():
 
 @pytest.mark.parametrize("positions", [1, 2, 3, 1000, 2**32 - 1, 2**32])
 def test_offsets_stay_in_bounds(positions):
-    offsets = np.concatenate([crop_offsets(0, step, 1000, positions) for step in range(20)])
+    offsets = np.concatenate(
+        [crop_offsets(0, step, 1000, positions) for step in range(20)]
+    )
     assert offsets.min() >= 0 and offsets.max() < positions
     if positions <= 1000:
         assert len(np.unique(offsets)) == positions
@@ -64,7 +66,9 @@ def test_last_token_is_reached_and_nothing_beyond():
     batches = Batches(ids, batch_size=50, block_size=6, seed=0)
     offsets = np.concatenate([batches.offsets(step) for step in range(20)])
     assert set(offsets.tolist()) == set(range(14))
-    targets = torch.cat([y for step in range(20) for _, y in batches.micro_batches(step, 50)])
+    targets = torch.cat(
+        [y for step in range(20) for _, y in batches.micro_batches(step, 50)]
+    )
     assert targets.max() == 19 and targets.min() == 1
 
 
@@ -74,7 +78,9 @@ def test_last_token_is_reached_and_nothing_beyond():
 def test_batch_does_not_depend_on_micro_batch_or_world_size(micro, world):
     ids = np.arange(5000, dtype=np.uint16)
     batches = Batches(ids, batch_size=24, block_size=10, seed=7)
-    dealt = [list(batches.micro_batches(3, micro, rank, world)) for rank in range(world)]
+    dealt = [
+        list(batches.micro_batches(3, micro, rank, world)) for rank in range(world)
+    ]
     starts = sorted(int(row[0]) for part in dealt for x, _ in part for row in x)
     assert starts == sorted(batches.offsets(3).tolist())
     assert all(len(x) <= micro for part in dealt for x, _ in part)

@@ -31,7 +31,9 @@ def place(tmp_path_factory):
     (folder / "text.txt").write_text("".join(lines))
     (folder / "short.txt").write_text("too short")
     (folder / "bad.txt").write_bytes(b"bad \xff\n" * 100)
-    Tokenizer.from_merges(train_bpe(lines, 300), "small").save(folder / "tokenizer.json")
+    Tokenizer.from_merges(train_bpe(lines, 300), "small").save(
+        folder / "tokenizer.json"
+    )
     done = pretrain(folder, "--out", "run")
     assert done.returncode == 0, done.stderr
     return folder
@@ -68,7 +70,14 @@ def pretrain(folder, *arguments, corpus="text.txt", tokenizer="tokenizer.json"):
         "4",
     ]
     return command(
-        folder, "pretraining", *fixed, *SHAPE, "--precision", "fp32", "--no-progress", *arguments
+        folder,
+        "pretraining",
+        *fixed,
+        *SHAPE,
+        "--precision",
+        "fp32",
+        "--no-progress",
+        *arguments,
     )
 
 
@@ -116,9 +125,18 @@ def test_sampling_and_evaluation(place):
         and sample.stdout == again.stdout
     )
     done = command(
-        place, "evaluation", "--run", "run", "--corpus", "text.txt", "--out", "result.json"
+        place,
+        "evaluation",
+        "--run",
+        "run",
+        "--corpus",
+        "text.txt",
+        "--out",
+        "result.json",
     )
-    assert "nats per token" in done.stdout and "bits per byte" in done.stdout, done.stderr
+    assert "nats per token" in done.stdout and "bits per byte" in done.stdout, (
+        done.stderr
+    )
     assert json.loads((place / "result.json").read_text())["split"] == "validation"
 
 
@@ -141,9 +159,17 @@ def test_bad_configuration(place):
         "unknown preset 'huge'",
         "demo",
     )
-    one_line(pretrain(place, "--out", "run", "--seed", "7"), "seed = 1337, not 7", "another --out")
-    done = pretrain(place, "--out", "x", "--model.n-head", "3")  # found while the options are read
-    assert done.returncode == 2 and "n_embd 16 is not divisible by n_head 3" in done.stderr
+    one_line(
+        pretrain(place, "--out", "run", "--seed", "7"),
+        "seed = 1337, not 7",
+        "another --out",
+    )
+    done = pretrain(
+        place, "--out", "x", "--model.n-head", "3"
+    )  # found while the options are read
+    assert (
+        done.returncode == 2 and "n_embd 16 is not divisible by n_head 3" in done.stderr
+    )
 
 
 def test_bad_sampling(place):
@@ -153,7 +179,9 @@ def test_bad_sampling(place):
         (["--top-p", "1.5"], ["top_p is 1.5"]),
     ):
         one_line(command(place, "sampling", "--run", "run", *arguments), *parts)
-    one_line(command(place, "sampling", "--run", "missing"), "missing", "no run there")
+    one_line(
+        command(place, "sampling", "--run", "missing"), "missing", "no run.json there"
+    )
 
 
 def test_altered_token_file(place):
@@ -186,7 +214,9 @@ def test_settings_are_checked_before_anything_is_read(place):
 
 def test_evaluation_makes_the_folder_of_its_result(place):
     out = "results/new/one.json"
-    done = command(place, "evaluation", "--run", "run", "--corpus", "text.txt", "--out", out)
+    done = command(
+        place, "evaluation", "--run", "run", "--corpus", "text.txt", "--out", out
+    )
     assert done.returncode == 0 and (place / out).exists(), done.stderr
     assert "one document, no interval" in done.stdout
 

@@ -10,11 +10,22 @@ import pytest
 from gptlib.corpus import CorpusError, documents_of_rows, load_corpus, text_file
 
 REAL = os.environ.get("GPTLIB_DATA")
-needs_data = pytest.mark.skipif(not REAL, reason="real data: set GPTLIB_DATA to ../shared/data")
+needs_data = pytest.mark.skipif(
+    not REAL, reason="real data: set GPTLIB_DATA to ../shared/data"
+)
 
 
 def test_titles_only_after_blank_rows():
-    rows = ["", " = A = \n", "", " text \n", " = not a title = \n", "", " = B = \n", " b \n"]
+    rows = [
+        "",
+        " = A = \n",
+        "",
+        " text \n",
+        " = not a title = \n",
+        "",
+        " = B = \n",
+        " b \n",
+    ]
     assert [p.text.count("=") for p in documents_of_rows(iter(rows))] == [4, 2]
 
 
@@ -39,7 +50,9 @@ def test_text_file_in_blocks(tmp_path, monkeypatch):
     path = tmp_path / "file.txt"
     path.write_text("".join(f"line {i} ü\n" for i in range(500)), encoding="utf-8")
     pieces = list(text_file(path).pieces("train"))
-    assert len(pieces) > 10 and [p.starts for p in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert len(pieces) > 10 and [p.starts for p in pieces] == [True] + [False] * (
+        len(pieces) - 1
+    )
 
 
 def test_not_utf8_names_the_byte(tmp_path):
@@ -53,7 +66,9 @@ def test_not_utf8_names_the_byte(tmp_path):
 def test_unknown_names():
     with pytest.raises(CorpusError, match="unknown corpus 'wikitext'.*tinywiki"):
         load_corpus("wikitext")
-    with pytest.raises(CorpusError, match="no split 'dev'; it has train, validation, test"):
+    with pytest.raises(
+        CorpusError, match="no split 'dev'; it has train, validation, test"
+    ):
         load_corpus("tinywiki").pieces("dev")
 
 
@@ -110,9 +125,14 @@ def test_folder_with_titles_and_a_rewritten_file(tmp_path, monkeypatch):
             {"title": "b", "text": "three"},
         ],
     )
-    assert list(load_corpus(str(tmp_path / "data")).documents("train")) == ["one\ntwo", "three"]
+    assert list(load_corpus(str(tmp_path / "data")).documents("train")) == [
+        "one\ntwo",
+        "three",
+    ]
     write_dataset(tmp_path / "data", [{"title": "c", "text": "other text"}])
-    assert list(load_corpus(str(tmp_path / "data")).documents("train")) == ["other text"]
+    assert list(load_corpus(str(tmp_path / "data")).documents("train")) == [
+        "other text"
+    ]
 
 
 @needs_data

@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures are arguments)
 """Several processes as one: against one alone, with the losses that ship, and torchrun."""
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ FAST = {"optimizer": "muon", "schedule": "trapezoid", "zero_projections": True}
 
 @posix
 @pytest.mark.parametrize(
-    ("changes", "loss"), [({}, "plain"), (FAST, "chunked")], ids=["plain", "fast"]
+    ("changes", "loss"), [({}, "plain"), (FAST, "chunked"), (FAST, "compiled")]
 )
-def test_two_processes_equal_one_and_resume_as_one(config, tmp_path, changes, loss):  # noqa: F811
+def test_two_processes_equal_one_and_resume_as_one(config, tmp_path, changes, loss):
     config = without_dropout(config, steps=12, **changes)
     out = {name: tmp_path / name for name in ("one", "two", "both")}
     program = {"program": {"loss": loss}}
@@ -106,7 +107,7 @@ def test_two_processes_equal_one_and_resume_as_one(config, tmp_path, changes, lo
 
 
 @posix
-def test_a_worker_that_dies_stops_the_others(config, tmp_path):  # noqa: F811
+def test_a_worker_that_dies_stops_the_others(config, tmp_path):
     out, program = tmp_path / "run", {"dies_at": 13}
     process = start(config, out, 2, program=program, save_minutes=0)
     said = process.communicate(timeout=180)[1]
@@ -118,7 +119,7 @@ def test_a_worker_that_dies_stops_the_others(config, tmp_path):  # noqa: F811
 
 
 @posix
-def test_sigterm_to_torchrun_saves_and_stops_all(config, tmp_path):  # noqa: F811
+def test_sigterm_to_torchrun_saves_and_stops_all(config, tmp_path):
     config = without_dropout(config, steps=10**6, eval_interval=10**6)
     out = tmp_path / "run"
     process = start(config, out, 2, save_minutes=60)
@@ -131,7 +132,7 @@ def test_sigterm_to_torchrun_saves_and_stops_all(config, tmp_path):  # noqa: F81
 
 
 @posix
-def test_the_command_of_the_readme(config, tmp_path):  # noqa: F811
+def test_the_command_of_the_readme(config, tmp_path):
     """torchrun --nproc-per-node=2 -m gptlib.pretraining --preset demo --out FOLDER"""
     shape = {
         "n-layer": 1,

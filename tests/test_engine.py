@@ -30,11 +30,19 @@ from gptlib.workshop.checkpoints import CheckpointError, Checkpoints, RunLock
 from gptlib.workshop.devices import Precision
 from gptlib.gpt import GPTConfig
 from gptlib.tokenizer import Tokenizer, train_bpe
-from gptlib.training import NonFiniteError, RunError, RunOptions, TrainConfig, run_training
+from gptlib.training import (
+    NonFiniteError,
+    RunError,
+    RunOptions,
+    TrainConfig,
+    run_training,
+)
 from gptlib.training import errors_in_one_line as one_line
 from gptlib.workshop.watching import read_rows
 
-posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and processes")
+posix = pytest.mark.skipif(
+    os.name != "posix", reason="needs POSIX signals and processes"
+)
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=320)
 
 
@@ -44,11 +52,15 @@ def config(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     home = tmp_path_factory.mktemp("engine")
-    before = os.environ.get("GPTLIB_RUNS")  # child processes read it, so it is set for the session
+    before = os.environ.get(
+        "GPTLIB_RUNS"
+    )  # child processes read it, so it is set for the session
     os.environ["GPTLIB_RUNS"] = str(home / "runs")
     words = random.Random(0)
     lines = [
-        " ".join(words.choice(["sun", "moon", "star", "sea", "stone"]) for _ in range(9))
+        " ".join(
+            words.choice(["sun", "moon", "star", "sea", "stone"]) for _ in range(9)
+        )
         for _ in range(500)
     ]
     (home / "text.txt").write_text(" .\n".join(lines))
@@ -77,7 +89,12 @@ def without_dropout(config: TrainConfig, **changes) -> TrainConfig:
 
 
 def options(out: Path, **changes) -> RunOptions:
-    defaults = {"device": "cpu", "precision": "fp32", "micro_batch_size": 4, "progress": False}
+    defaults = {
+        "device": "cpu",
+        "precision": "fp32",
+        "micro_batch_size": 4,
+        "progress": False,
+    }
     return RunOptions(out=out, **(defaults | changes))
 
 
@@ -179,7 +196,9 @@ def test_twenty_kills_leave_no_trace(config, tmp_path):
     for kill in range(20):
         began = len(rows(killed))
         process = child(leg, config, options(killed, save_minutes=0))
-        if kill % 4:  # three in four while it trains, the others at any moment from the start on
+        if (
+            kill % 4
+        ):  # three in four while it trains, the others at any moment from the start on
             wait_for_rows(process, killed, began + moments.randint(1, 4))
             time.sleep(moments.uniform(0, 0.05))
         else:
@@ -193,7 +212,9 @@ def test_twenty_kills_leave_no_trace(config, tmp_path):
     process.join(120)
     assert process.exitcode == 0
     assert_same_run(straight, killed)
-    assert not list(killed.rglob("*.tmp-*")), "a kill left temporary files that nobody removed"
+    assert not list(killed.rglob("*.tmp-*")), (
+        "a kill left temporary files that nobody removed"
+    )
 
 
 FAST = {"optimizer": "muon", "zero_projections": True, "cooldown_fraction": 0.5}
@@ -210,7 +231,9 @@ def test_resuming_with_dropout_is_exact(config, tmp_path, changes):
 
 
 @pytest.mark.slow
-def test_resuming_with_compiled_parts_is_exact_with_the_same_compiler(config, tmp_path, capfd):
+def test_resuming_with_compiled_parts_is_exact_with_the_same_compiler(
+    config, tmp_path, capfd
+):
     """In one process or, as here, with the compiled code thrown away and made anew between the legs."""
     if not speed.compiler_works("cpu"):
         pytest.skip("no working compiler for torch.compile here")
@@ -230,10 +253,14 @@ def test_resuming_with_compiled_parts_is_exact_with_the_same_compiler(config, tm
 
 def test_resuming_with_a_scaler_is_exact(config, tmp_path, monkeypatch):
     """fp16 on the CPU, which the library refuses, for the sake of the scaler's state."""
-    monkeypatch.setattr(training, "pick_precision", lambda *_: Precision("fp16", "a test", "cpu"))
+    monkeypatch.setattr(
+        training, "pick_precision", lambda *_: Precision("fp16", "a test", "cpu")
+    )
 
     def scaler(self):
-        return torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=7, enabled=True)
+        return torch.amp.GradScaler(
+            "cpu", init_scale=2.0**24, growth_interval=7, enabled=True
+        )
 
     monkeypatch.setattr(Precision, "scaler", scaler)
     run_training(config, options(tmp_path / "straight"))
@@ -244,7 +271,9 @@ def test_resuming_with_a_scaler_is_exact(config, tmp_path, monkeypatch):
     scales = [row["scale"] for row in rows(tmp_path / "legs")]
     assert len(set(scales)) > 2, "the scale should have moved"
     skipped = [row for row in rows(tmp_path / "legs") if row["grad_norm"] is None]
-    assert last_state(tmp_path / "legs")["skipped"] == len(skipped), "skipped steps are miscounted"
+    assert last_state(tmp_path / "legs")["skipped"] == len(skipped), (
+        "skipped steps are miscounted"
+    )
 
 
 def test_a_kill_in_the_first_moment_leaves_a_folder_that_can_be_used(config, tmp_path):
@@ -274,16 +303,28 @@ def test_rows_spoiled_by_a_power_cut_are_written_again(config, tmp_path):
 def test_micro_batches_change_only_the_rounding(config, tmp_path):
     for size in (8, 4, 1):
         run_training(
-            without_dropout(config, steps=15), options(tmp_path / str(size), micro_batch_size=size)
+            without_dropout(config, steps=15),
+            options(tmp_path / str(size), micro_batch_size=size),
         )
     for size in ("4", "1"):
-        assert losses(tmp_path / size) == pytest.approx(losses(tmp_path / "8"), abs=1e-5)
+        assert losses(tmp_path / size) == pytest.approx(
+            losses(tmp_path / "8"), abs=1e-5
+        )
 
 
 def test_a_micro_batch_that_does_not_divide_is_made_smaller(config, tmp_path):
-    assert training.fit_micro_batch(8, 5) == 4 and training.fit_micro_batch(480, 12, 3) == 10
-    run_training(without_dropout(config, steps=3), options(tmp_path / "fives", micro_batch_size=5))
-    run_training(without_dropout(config, steps=3), options(tmp_path / "fours", micro_batch_size=4))
+    assert (
+        training.fit_micro_batch(8, 5) == 4
+        and training.fit_micro_batch(480, 12, 3) == 10
+    )
+    run_training(
+        without_dropout(config, steps=3),
+        options(tmp_path / "fives", micro_batch_size=5),
+    )
+    run_training(
+        without_dropout(config, steps=3),
+        options(tmp_path / "fours", micro_batch_size=4),
+    )
     assert losses(tmp_path / "fives") == losses(tmp_path / "fours")
     with pytest.raises(RunError, match="batch_size 8 is not a multiple"):
         training.fit_micro_batch(8, 4, world_size=3)
@@ -292,9 +333,14 @@ def test_a_micro_batch_that_does_not_divide_is_made_smaller(config, tmp_path):
 def test_evaluating_saving_and_logging_change_no_step(config, tmp_path):
     run_training(config, options(tmp_path / "seldom"))
     often = dataclasses.replace(config, eval_interval=3, eval_sequences=5)
-    run_training(often, options(tmp_path / "often", save_minutes=0, keep=1, progress=True))
+    run_training(
+        often, options(tmp_path / "often", save_minutes=0, keep=1, progress=True)
+    )
     assert losses(tmp_path / "seldom") == losses(tmp_path / "often")
-    assert_same(last_state(tmp_path / "seldom")["model"], last_state(tmp_path / "often")["model"])
+    assert_same(
+        last_state(tmp_path / "seldom")["model"],
+        last_state(tmp_path / "often")["model"],
+    )
 
 
 def test_logged_loss_is_the_mean_of_the_step(config, tmp_path):
@@ -321,7 +367,10 @@ def test_a_signal_ends_the_leg_with_everything_saved(config, tmp_path, number):
     process.join(60)
     assert process.exitcode == 0
     state = last_state(tmp_path / "run")
-    assert 3 <= state["step"] < config.steps and state["step"] == rows(tmp_path / "run")[-1]["step"]
+    assert (
+        3 <= state["step"] < config.steps
+        and state["step"] == rows(tmp_path / "run")[-1]["step"]
+    )
     for out in ("run", "straight"):  # in a process with as many threads as the first
         process = child(leg, config, options(tmp_path / out))
         process.join(60)
@@ -346,17 +395,23 @@ def test_nobody_left_to_read_is_no_reason_to_lose_steps(config, tmp_path):
 
     program = tmp_path / "p"
     config = dataclasses.replace(config, steps=20_000, eval_interval=20_000)
-    process = start(program, config, tmp_path / "run", 1, save_minutes=60, progress=True)
+    process = start(
+        program, config, tmp_path / "run", 1, save_minutes=60, progress=True
+    )
     wait_for_rows_of(process, tmp_path / "run", 3)
     process.stderr.close()  # from here on every write to it raises BrokenPipeError
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
-    assert last_state(tmp_path / "run")["step"] == rows(tmp_path / "run")[-1]["step"] >= 3
+    assert (
+        last_state(tmp_path / "run")["step"] == rows(tmp_path / "run")[-1]["step"] >= 3
+    )
 
 
 def test_running_out_of_memory_is_one_line_with_the_cure(config, tmp_path):
     for error in (
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
     ):
@@ -373,7 +428,9 @@ def test_running_out_of_memory_is_one_line_with_the_cure(config, tmp_path):
 def test_limits_end_a_leg(config, tmp_path):
     assert run_training(config, options(tmp_path / "steps", max_steps=5)).step == 5
     assert run_training(config, options(tmp_path / "steps", max_steps=5)).step == 10
-    assert run_training(config, options(tmp_path / "minutes", max_minutes=0.0)).step == 1
+    assert (
+        run_training(config, options(tmp_path / "minutes", max_minutes=0.0)).step == 1
+    )
     with pytest.raises(ValueError, match="max_steps is 0"):
         options(tmp_path, max_steps=0)
 
@@ -397,7 +454,9 @@ def test_two_processes_cannot_write_one_folder(config, tmp_path):
     second = child(leg, config, options(tmp_path / "run"))
     second.join(60)
     assert second.exitcode == 1
-    assert f"is being written by process {first.pid}" in said_by_children(tmp_path / "run")
+    assert f"is being written by process {first.pid}" in said_by_children(
+        tmp_path / "run"
+    )
     first.kill()
     first.join()
     with RunLock(tmp_path / "run"):
@@ -407,7 +466,9 @@ def test_two_processes_cannot_write_one_folder(config, tmp_path):
 def test_another_configuration_is_refused(config, tmp_path):
     run_training(config, options(tmp_path / "run", max_steps=2))
     with pytest.raises(RunError, match=r"a run with learning_rate = 0\.003, not 0\.1"):
-        run_training(dataclasses.replace(config, learning_rate=0.1), options(tmp_path / "run"))
+        run_training(
+            dataclasses.replace(config, learning_rate=0.1), options(tmp_path / "run")
+        )
     with pytest.raises(RunError, match=r"model\.dropout = 0\.1, not 0\.0"):
         run_training(without_dropout(config), options(tmp_path / "run"))
 
@@ -515,11 +576,15 @@ def damage(path: Path, how: str) -> None:
     data = bytearray(path.read_bytes())
     if how == "flipped":
         data[len(data) // 2] ^= 1
-    path.write_bytes({"flipped": data, "truncated": data[: len(data) // 2], "empty": b""}[how])
+    path.write_bytes(
+        {"flipped": data, "truncated": data[: len(data) // 2], "empty": b""}[how]
+    )
 
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "empty"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(config, tmp_path, how, capfd):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    config, tmp_path, how, capfd
+):
     run_training(config, options(tmp_path / "straight"))
     out = tmp_path / "run"
     run_training(config, options(out, max_steps=13))
@@ -527,7 +592,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(config, tmp_path, how
     damage(out / "checkpoints" / "step-00000015.pt", how)
     run_training(config, options(out))
     assert (
-        "step-00000015.pt: damaged" in (said := capfd.readouterr().err) and "from step 13" in said
+        "step-00000015.pt: damaged" in (said := capfd.readouterr().err)
+        and "from step 13" in said
     )
     assert_same_run(tmp_path / "straight", out)
 
@@ -576,7 +642,9 @@ def test_a_damaged_checkpoint_is_not_counted_among_those_kept(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["flipped", "empty"])
-def test_a_damaged_best_checkpoint_gives_way_to_the_newest(config, tmp_path, how, capfd):
+def test_a_damaged_best_checkpoint_gives_way_to_the_newest(
+    config, tmp_path, how, capfd
+):
     out = tmp_path / "run"
     run_training(config, options(out, max_steps=12))
     saved = Checkpoints(out / "checkpoints")
@@ -591,9 +659,10 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_newest(config, tmp_path, how
 def test_the_last_and_the_best_are_kept(config, tmp_path):
     run_training(config, options(tmp_path / "run", save_minutes=0, keep=3))
     saved = Checkpoints(tmp_path / "run" / "checkpoints")
-    best = min(rows(tmp_path / "run", "validation_loss"), key=lambda row: row["validation_loss"])[
-        "step"
-    ]
+    best = min(
+        rows(tmp_path / "run", "validation_loss"),
+        key=lambda row: row["validation_loss"],
+    )["step"]
     assert saved.best() == best and set(saved.steps()) == {38, 39, 40, best}
     assert training.load_run(tmp_path / "run").step == best
 
@@ -626,13 +695,19 @@ def test_a_full_disk_ends_the_run_with_the_older_checkpoint_whole(config, tmp_pa
     out = tmp_path / "run"
     for name in ("run", "straight"):
         process = child(
-            leg, config, options(tmp_path / name, max_steps=7 if name == "run" else None)
+            leg,
+            config,
+            options(tmp_path / name, max_steps=7 if name == "run" else None),
         )
         process.join(60)
     process = child(leg, config, options(out), 0.0, 20_000)
     process.join(60)
     said = said_by_children(out)
-    assert process.exitcode == 1 and "could not be saved" in said and "Traceback" not in said
+    assert (
+        process.exitcode == 1
+        and "could not be saved" in said
+        and "Traceback" not in said
+    )
     assert last_state(out)["step"] == 7 and not list(out.rglob("*.tmp-*"))
     process = child(leg, config, options(out))
     process.join(60)
@@ -667,11 +742,13 @@ def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
         )  # step 6: two parts a step
 
     with pytest.raises(NonFiniteError) as caught:
-        run_training(config, options(tmp_path / "run", save_minutes=0), loss_fn=poisoned)
+        run_training(
+            config, options(tmp_path / "run", save_minutes=0), loss_fn=poisoned
+        )
     _, _, batches, _ = training.open_data(config, progress=False)
-    assert "step 6: loss inf" in str(caught.value) and f"tokens {batches.offsets(5)[0]}," in str(
+    assert "step 6: loss inf" in str(
         caught.value
-    )
+    ) and f"tokens {batches.offsets(5)[0]}," in str(caught.value)
     assert last_state(tmp_path / "run")["step"] == 5
     run_training(config, options(tmp_path / "run"))
     run_training(config, options(tmp_path / "straight"))
@@ -688,7 +765,9 @@ def test_skipped_fp16_steps_are_counted_and_limited(config):
         training.check_finite(state, row, batches)
         assert row["grad_norm"] is None and json.dumps(row)
     training.check_finite(state, {"loss": 2.0, "grad_norm": 1.0}, batches)
-    assert state.skipped_in_a_row == 0 and state.skipped == training.MAX_SKIPPED_IN_A_ROW
+    assert (
+        state.skipped_in_a_row == 0 and state.skipped == training.MAX_SKIPPED_IN_A_ROW
+    )
     with pytest.raises(NonFiniteError, match="21 steps skipped in a row"):
         for _ in range(training.MAX_SKIPPED_IN_A_ROW + 1):
             training.check_finite(state, {"loss": 2.0, "grad_norm": math.nan}, batches)
@@ -752,10 +831,13 @@ def start(
     (folder / "program.py").write_text(PROGRAM)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     given = json.dumps(
-        {"device": "cpu", "precision": "fp32", "micro_batch_size": 2, "progress": False} | changes
+        {"device": "cpu", "precision": "fp32", "micro_batch_size": 2, "progress": False}
+        | changes
     )
     launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else []
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+        if n > 1
+        else []
     )
     command = [
         sys.executable,
@@ -767,7 +849,9 @@ def start(
         str(dies_at),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -782,14 +866,18 @@ def test_two_processes_equal_one_and_resume_as_one(config, tmp_path):
     config = without_dropout(config, steps=20)
     finish(start(tmp_path / "p", config, tmp_path / "one", 1))
     finish(start(tmp_path / "p", config, tmp_path / "two", 2))
-    assert int((tmp_path / "p" / "exchanges").read_text()) == 20, "one exchange of gradients a step"
+    assert int((tmp_path / "p" / "exchanges").read_text()) == 20, (
+        "one exchange of gradients a step"
+    )
     finish(start(tmp_path / "p", config, tmp_path / "both", 2, max_steps=10))
     assert last_state(tmp_path / "both")["step"] == 10
     said = finish(start(tmp_path / "p", config, tmp_path / "both", 1))
     assert "processes 2 -> 1" in said
     one = last_state(tmp_path / "one")["model"]
     for name in ("two", "both"):
-        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+        assert losses(tmp_path / name) == pytest.approx(
+            losses(tmp_path / "one"), abs=1e-5
+        )
         for key, weight in last_state(tmp_path / name)["model"].items():
             assert torch.allclose(weight, one[key], atol=1e-5), key
 
@@ -797,11 +885,15 @@ def test_two_processes_equal_one_and_resume_as_one(config, tmp_path):
 @posix
 @pytest.mark.slow
 def test_a_worker_that_dies_stops_the_others(config, tmp_path):
-    process = start(tmp_path / "p", config, tmp_path / "run", 2, dies_at=13, save_minutes=0)
+    process = start(
+        tmp_path / "p", config, tmp_path / "run", 2, dies_at=13, save_minutes=0
+    )
     said = process.communicate(timeout=120)[1]
     assert process.returncode != 0 and "SIGKILL" in said
     step = last_state(tmp_path / "run")["step"]
-    assert step in (5, 6), "two micro-batches a step and process: the seventh step was under way"
+    assert step in (5, 6), (
+        "two micro-batches a step and process: the seventh step was under way"
+    )
     finish(start(tmp_path / "p", config, tmp_path / "run", 2))
     assert last_state(tmp_path / "run")["step"] == config.steps
 
@@ -823,7 +915,9 @@ def test_sigterm_to_torchrun_saves_and_stops_all(config, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_dashboard_changes_no_step_and_survives_a_second_leg(config, tmp_path, name, monkeypatch):
+def test_a_dashboard_changes_no_step_and_survives_a_second_leg(
+    config, tmp_path, name, monkeypatch
+):
     pytest.importorskip(name, reason=f"{name} is not installed; it is an extra")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -835,4 +929,6 @@ def test_a_dashboard_changes_no_step_and_survives_a_second_leg(config, tmp_path,
     run_training(config, options(tmp_path / "run", log=name))
     assert_same_run(tmp_path / "none", tmp_path / "run")
     assert any((tmp_path / "run" / name).rglob("*"))
-    assert name != "wandb" or identity.read_text() == before, "the legs are two runs there"
+    assert name != "wandb" or identity.read_text() == before, (
+        "the legs are two runs there"
+    )

@@ -30,7 +30,9 @@ def test_logits_equal_transformers(bias, activation):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     theirs = transformers.GPT2LMHeadModel(gpt2_config(model.config, 50, 49)).eval()
-    theirs.load_state_dict(to_gpt2_weights(model, 50) | {"lm_head.weight": model.wte.weight})
+    theirs.load_state_dict(
+        to_gpt2_weights(model, 50) | {"lm_head.weight": model.wte.weight}
+    )
     tokens = torch.randint(50, (3, 12))
     with torch.no_grad():
         assert torch.allclose(model(tokens)[0], theirs(tokens).logits, atol=1e-4)
@@ -73,5 +75,7 @@ def test_bad_configurations(change, message):
 
 
 def test_too_many_tokens():
-    with pytest.raises(ValueError, match="13 tokens are more than the block_size of 12"):
+    with pytest.raises(
+        ValueError, match="13 tokens are more than the block_size of 12"
+    ):
         GPT(TINY)(torch.zeros(1, 13, dtype=torch.int64))

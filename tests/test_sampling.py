@@ -24,7 +24,9 @@ from gptlib.tokenizer import Tokenizer
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)).eval()
+    return GPT(
+        GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)
+    ).eval()
 
 
 def seeded(seed=0):
@@ -105,7 +107,9 @@ def test_tokens_that_generate_draws_follow_the_softmax(model):
     expected = n * model(torch.tensor([[7]]))[0][0, -1].softmax(-1)
     drawn = generate(model, torch.full((n, 1), 7), 1, generator=seeded())[:, 1]
     counts = drawn.bincount(minlength=64)
-    assert ((counts - expected) ** 2 / expected).sum() < 103.4  # 63 degrees of freedom, 1 in 1,000
+    assert (
+        (counts - expected) ** 2 / expected
+    ).sum() < 103.4  # 63 degrees of freedom, 1 in 1,000
 
 
 def test_top_k_and_top_p():
@@ -115,7 +119,9 @@ def test_top_k_and_top_p():
         probs = next_token_probs(logits, top_k=k)
         assert torch.equal((probs > 0).sum(-1), torch.full((5,), min(k, 300)))
         kept = probs > 0
-        assert (full.masked_fill(~kept, 2).amin(-1) >= full.masked_fill(kept, -1).amax(-1)).all()
+        assert (
+            full.masked_fill(~kept, 2).amin(-1) >= full.masked_fill(kept, -1).amax(-1)
+        ).all()
         assert torch.allclose(probs.sum(-1), torch.ones(5))
     for p in (1e-9, 0.3, 0.9, 1.0):
         probs = next_token_probs(logits, top_p=p)
@@ -129,7 +135,9 @@ def test_top_k_and_top_p():
     assert ((both > 0).sum(-1) <= 10).all()
     ratio = both[0].topk(2).values
     best = full[0].topk(2).values
-    assert torch.allclose(ratio[0] / ratio[1], best[0] / best[1]), "ratios of the kept stay"
+    assert torch.allclose(ratio[0] / ratio[1], best[0] / best[1]), (
+        "ratios of the kept stay"
+    )
 
 
 def test_a_tie_leaves_greedy_one_token():
@@ -168,15 +176,22 @@ def test_draw_follows_the_probabilities_and_never_takes_a_zero():
     kept = probs[0] > 0
     assert (counts[~kept] == 0).all()
     expected = n * probs[0, kept]
-    assert ((counts[kept] - expected) ** 2 / expected).sum() < 16.3  # 3 degrees of freedom
-    assert (draw(2 * probs.expand(n, -1), seeded()).flatten().bincount(minlength=7) == counts).all()
+    assert (
+        (counts[kept] - expected) ** 2 / expected
+    ).sum() < 16.3  # 3 degrees of freedom
+    assert (
+        draw(2 * probs.expand(n, -1), seeded()).flatten().bincount(minlength=7)
+        == counts
+    ).all()
 
 
 def test_draw_at_both_ends(monkeypatch):
     probs = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
     for dart, token in ((0.0, 1), (0.25, 2), (1 - 2**-53, 2), (1.0, 2)):
         monkeypatch.setattr(
-            torch, "rand", lambda *a, d=dart, **k: torch.tensor([[d]], dtype=torch.float64)
+            torch,
+            "rand",
+            lambda *a, d=dart, **k: torch.tensor([[d]], dtype=torch.float64),
         )
         assert draw(probs).item() == token
 
@@ -214,7 +229,9 @@ def test_bad_tokens(model, tokens, word):
 def test_temperature_0_is_greedy(model):
     greedy = generate(model, prompts(), 20, temperature=0)
     assert torch.equal(greedy, generate(model, prompts(), 20, top_k=1))
-    assert torch.equal(greedy, generate(model, prompts(), 20, temperature=0, generator=seeded()))
+    assert torch.equal(
+        greedy, generate(model, prompts(), 20, temperature=0, generator=seeded())
+    )
     tie = next_token_probs(torch.zeros(1, 4), temperature=0)
     assert (tie > 0).sum() == 1 and tie.sum() == 1
 
@@ -229,7 +246,9 @@ def test_a_row_that_stopped_repeats_its_stop_and_the_others_go_on(model):
         end = 5 + hits[0] + 1 if hits else 65
         assert torch.equal(row[:end], whole[:end])
         assert (row[end:] == row[end - 1]).all() if end < len(row) else True
-    alone = generate(model, tokens[:1], 60, stop=[int(plain[0, 5])], generator=[seeded(2)])
+    alone = generate(
+        model, tokens[:1], 60, stop=[int(plain[0, 5])], generator=[seeded(2)]
+    )
     assert alone.shape[1] <= 65
 
 
@@ -248,7 +267,9 @@ def test_a_generator_for_each_row_makes_rows_independent(model):
 
 def test_dropout_is_off_and_the_mode_comes_back():
     torch.manual_seed(0)
-    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64, dropout=0.5)
+    config = GPTConfig(
+        n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64, dropout=0.5
+    )
     model = GPT(config).train()
     texts = [generate(model, prompts(), 20, temperature=0) for _ in range(2)]
     assert torch.equal(*texts) and model.training
@@ -265,10 +286,14 @@ PROMPTS = ["", "a", "two words", "é", "b", "longer than the block of sixteen", 
 @pytest.fixture(scope="module")
 def reader():
     torch.manual_seed(0)
-    return GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=320)).eval()
+    return GPT(
+        GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=320)
+    ).eval()
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0}, {}, {"temperature": 1.3, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0}, {}, {"temperature": 1.3, "top_p": 0.9}]
+)
 def test_several_prompts_at_once_equal_one_by_one(reader, settings):
     together = sample_texts(reader, BYTES, PROMPTS, 40, seed=3, **settings)
     alone = [
@@ -304,7 +329,9 @@ def test_a_character_of_several_tokens_comes_whole():
 
 
 def test_a_seed_repeats_and_none_does_not(reader):
-    assert sample_text(reader, BYTES, "a", 30, seed=1) == sample_text(reader, BYTES, "a", 30, seed=1)
+    assert sample_text(reader, BYTES, "a", 30, seed=1) == sample_text(
+        reader, BYTES, "a", 30, seed=1
+    )
     assert sample_text(reader, BYTES, "a", 30) != sample_text(reader, BYTES, "a", 30)
 
 

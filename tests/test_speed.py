@@ -57,7 +57,9 @@ def loss_and_gradients(model, loss_fn, batch, **options):
 @pytest.mark.parametrize("softmax", ["plain", "tiled"])
 def test_equal_to_plain_loss_in_fp32(model, batch, rows, softmax):
     expected, gradients = loss_and_gradients(model, plain_loss, batch)
-    loss, found = loss_and_gradients(model, chunked_loss, batch, rows=rows, softmax=softmax)
+    loss, found = loss_and_gradients(
+        model, chunked_loss, batch, rows=rows, softmax=softmax
+    )
     assert torch.allclose(loss, expected, atol=1e-5, rtol=0)
     for a, b in zip(found, gradients):
         assert torch.allclose(a, b, atol=1e-5, rtol=0)
@@ -66,7 +68,9 @@ def test_equal_to_plain_loss_in_fp32(model, batch, rows, softmax):
 def test_compiled_or_its_fallback_is_equal(model, batch):
     expected, gradients = loss_and_gradients(model, plain_loss, batch)
     for rows in (64, 24, 7):
-        loss, found = loss_and_gradients(model, chunked_loss, batch, rows=rows, softmax="compiled")
+        loss, found = loss_and_gradients(
+            model, chunked_loss, batch, rows=rows, softmax="compiled"
+        )
         assert torch.allclose(loss, expected, atol=1e-5)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, gradients))
 
@@ -157,7 +161,9 @@ def test_bf16_is_as_close_as_plain_bf16(model, batch, softmax):
     exact_loss, exact = loss_and_gradients(model, plain_loss, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plain_value, plain = loss_and_gradients(model, plain_loss, batch)
-        value, found = loss_and_gradients(model, chunked_loss, batch, rows=24, softmax=softmax)
+        value, found = loss_and_gradients(
+            model, chunked_loss, batch, rows=24, softmax=softmax
+        )
     assert value.dtype == torch.float32
     assert abs(value - exact_loss) < max(0.02, 2 * abs(plain_value - exact_loss))
 
@@ -172,11 +178,16 @@ def test_bf16_is_as_close_as_plain_bf16(model, batch, softmax):
 @pytest.mark.parametrize("rows", [1, 3, 7])
 def test_gradcheck_in_float64(softmax, rows):
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(7, 4, dtype=torch.float64, generator=generator, requires_grad=True)
-    weight = torch.randn(11, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    hidden = torch.randn(
+        7, 4, dtype=torch.float64, generator=generator, requires_grad=True
+    )
+    weight = torch.randn(
+        11, 4, dtype=torch.float64, generator=generator, requires_grad=True
+    )
     targets = torch.randint(11, (7,), generator=generator)
     assert torch.autograd.gradcheck(
-        lambda h, w: ChunkedCrossEntropy.apply(h, w, targets, rows, softmax), (hidden, weight)
+        lambda h, w: ChunkedCrossEntropy.apply(h, w, targets, rows, softmax),
+        (hidden, weight),
     )
 
 
@@ -211,17 +222,23 @@ def test_accumulation_equals_the_large_batch(model, batch):
     model.zero_grad()
     for x, y in zip(batch[0].split(2), batch[1].split(2)):
         (3 * chunked_loss(model, x, y, rows=5) / 2).backward()
-    assert all(torch.allclose(p.grad, g, atol=1e-5) for p, g in zip(model.parameters(), whole))
+    assert all(
+        torch.allclose(p.grad, g, atol=1e-5) for p, g in zip(model.parameters(), whole)
+    )
 
 
 @pytest.mark.parametrize("softmax", ["plain", "tiled"])
 def test_fp16_keeps_the_small_probabilities(softmax):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=32, vocab_size=50_304))
+    model = GPT(
+        GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=32, vocab_size=50_304)
+    )
     batch = torch.randint(50_304, (2, 40, 32))
     _, exact = loss_and_gradients(model, plain_loss, batch)
     with torch.autocast("cpu", dtype=torch.float16):
-        _, found = loss_and_gradients(model, chunked_loss, batch, rows=512, softmax=softmax)
+        _, found = loss_and_gradients(
+            model, chunked_loss, batch, rows=512, softmax=softmax
+        )
     absent = torch.ones(50_304, dtype=torch.bool)
     absent[batch.flatten()] = False  # tokens that are only pushed down
     a, b = found[0][absent], exact[0][absent]
@@ -238,7 +255,9 @@ def test_fast_loss_is_chosen_by_vocabulary_and_says_what_it_is():
 @pytest.mark.parametrize("chunked", [True, False])
 def test_compiled_blocks_compute_the_same_and_keep_their_names(batch, chunked):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=203))
+    model = GPT(
+        GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=203)
+    )
     names = list(model.state_dict())
     expected, gradients = loss_and_gradients(model, plain_loss, batch)
     loss, found = loss_and_gradients(model, FastLoss(chunked, compiled=True), batch)
@@ -260,7 +279,9 @@ def test_bad_options(model, batch):
 @torch.no_grad()
 def test_sampling_copy(bias):
     torch.manual_seed(0)
-    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=203, bias=bias)
+    config = GPTConfig(
+        n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=203, bias=bias
+    )
     model = GPT(config).eval()
     for name, p in model.named_parameters():
         if name.endswith("bias"):
@@ -286,7 +307,9 @@ def test_sampling_copy(bias):
         ]
         assert torch.equal(*texts)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-    assert all(p.requires_grad for p in model.parameters()), "the model can still be trained"
+    assert all(p.requires_grad for p in model.parameters()), (
+        "the model can still be trained"
+    )
 
 
 def test_a_sampling_copy_is_a_module_that_moves_as_a_whole(model):

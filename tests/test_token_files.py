@@ -29,14 +29,17 @@ from gptlib.batches import (
 from gptlib.corpus import Corpus, CorpusError, Piece
 from gptlib.tokenizer import Tokenizer, TokenizerError, train_bpe
 
-WORDS = re.findall(r"\S+", "the river town of Bex has a ship , an album and 17 @,@ 000 people")
+WORDS = re.findall(
+    r"\S+", "the river town of Bex has a ship , an album and 17 @,@ 000 people"
+)
 
 
 def some_texts(n: int, seed: int = 0) -> list[str]:
     """n texts of 0 to 60 words, with some letters of several bytes."""
     rng = random.Random(seed)
     texts = [
-        " ".join(rng.choices([*WORDS, "Ærø", "語"], k=rng.randrange(60))) + "\n" for _ in range(n)
+        " ".join(rng.choices([*WORDS, "Ærø", "語"], k=rng.randrange(60))) + "\n"
+        for _ in range(n)
     ]
     return ["", *texts[1:]]
 
@@ -52,7 +55,9 @@ def corpus_of(**splits) -> Corpus:
         name: [p if isinstance(p, Piece) else Piece(p) for p in pieces]
         for name, pieces in splits.items()
     }
-    return Corpus("memory", {name: lambda p=p: iter(p) for name, p in as_pieces.items()})
+    return Corpus(
+        "memory", {name: lambda p=p: iter(p) for name, p in as_pieces.items()}
+    )
 
 
 @pytest.fixture
@@ -71,7 +76,11 @@ def test_round_trip(folder, tokenizer):
     assert [tokenizer.decode(d[1:-1]) for d in split.documents()] == texts
     assert split.record["documents"] == 30
     assert split.record["text_bytes"] == sum(len(t.encode()) for t in texts)
-    assert split.record["tokens"] == len(split) == sum(len(tokenizer.encode(t)) for t in texts) + 31
+    assert (
+        split.record["tokens"]
+        == len(split)
+        == sum(len(tokenizer.encode(t)) for t in texts) + 31
+    )
     assert split.ids[0] == split.ids[-1] == tokenizer.end_of_text
     assert split.ids.dtype == np.dtype("<u2")
 
@@ -81,7 +90,10 @@ def test_pieces_of_one_document_share_one_mark(tmp_path, tokenizer):
     split = TokenFile.open(
         prepare_tokens(corpus_of(train=pieces), tokenizer, tmp_path / "t")
     ).split("train")
-    assert [tokenizer.decode(d[1:-1]) for d in split.documents()] == ["the river of Bex", "ship"]
+    assert [tokenizer.decode(d[1:-1]) for d in split.documents()] == [
+        "the river of Bex",
+        "ship",
+    ]
 
 
 def test_special_text_is_ordinary_text(tmp_path, tokenizer):
@@ -96,10 +108,17 @@ def test_special_text_is_ordinary_text(tmp_path, tokenizer):
 def test_file_does_not_depend_on_threads_or_grouping(tokenizer):
     pieces = [Piece(t) for t in some_texts(100)]
     expected = [(p, p.text.encode(), tokenizer.encode(p.text)) for p in pieces]
-    for threads, group, ahead in ((1, 1, 1), (3, 1, 100), (4, 500, 10**6), (2, 10**6, 10**6)):
+    for threads, group, ahead in (
+        (1, 1, 1),
+        (3, 1, 100),
+        (4, 500, 10**6),
+        (2, 10**6, 10**6),
+    ):
         found = [
             (p, b, i.tolist())
-            for p, b, i in encoded(pieces, tokenizer, threads=threads, group=group, ahead=ahead)
+            for p, b, i in encoded(
+                pieces, tokenizer, threads=threads, group=group, ahead=ahead
+            )
         ]
         assert found == expected
     assert list(encoded([], tokenizer, threads=2)) == []
@@ -154,13 +173,17 @@ def failing(after: int, error: Exception) -> Corpus:
 @pytest.mark.parametrize("after", [0, 1, 2000])
 def test_reader_that_raises_leaves_nothing(tmp_path, tokenizer, after):
     with pytest.raises(CorpusError, match="half a file"):
-        prepare_tokens(failing(after, CorpusError("half a file")), tokenizer, tmp_path / "tokens")
+        prepare_tokens(
+            failing(after, CorpusError("half a file")), tokenizer, tmp_path / "tokens"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_text_that_cannot_be_encoded_leaves_nothing(tmp_path, tokenizer):
     with pytest.raises(TokenizerError, match="half of a character"):
-        prepare_tokens(corpus_of(train=["fine", "bad \ud800"]), tokenizer, tmp_path / "tokens")
+        prepare_tokens(
+            corpus_of(train=["fine", "bad \ud800"]), tokenizer, tmp_path / "tokens"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -176,9 +199,14 @@ def test_replacing_leaves_only_the_new_folder(folder, tokenizer):
     opened = TokenFile.open(folder).split("train").ids
     first = opened[:5].tolist()
     prepare_tokens(corpus_of(validation=["new"]), tokenizer, folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "validation.bin"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "manifest.json",
+        "validation.bin",
+    ]
     assert [p.name for p in folder.parent.iterdir()] == ["tokens"]
-    assert opened[:5].tolist() == first  # a run that reads the old file goes on reading it
+    assert (
+        opened[:5].tolist() == first
+    )  # a run that reads the old file goes on reading it
 
 
 def test_killed_writer_leaves_no_token_file(tmp_path, tokenizer):
@@ -200,7 +228,9 @@ def test_killed_writer_leaves_no_token_file(tmp_path, tokenizer):
         prepare_tokens(Corpus("c", {{"train": reader}}), tokenizer, Path({str(tmp_path / "tokens")!r}))
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, timeout=120
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        timeout=120,
     )
     assert done.returncode == -9, done.stderr.decode()
     with pytest.raises(TokenFileError, match="no manifest.json"):
@@ -214,7 +244,9 @@ def test_killed_writer_leaves_no_token_file(tmp_path, tokenizer):
 
 def test_cut_off_file(folder):
     os.truncate(folder / "train.bin", (folder / "train.bin").stat().st_size - 2)
-    with pytest.raises(TokenFileError, match=r"train.bin: \d+ bytes where \d+ belong; delete"):
+    with pytest.raises(
+        TokenFileError, match=r"train.bin: \d+ bytes where \d+ belong; delete"
+    ):
         TokenFile.open(folder).split("train", verify=False)
 
 
@@ -242,7 +274,9 @@ def test_damaged_or_missing_manifest(folder):
     with pytest.raises(TokenFileError, match="manifest.json is damaged"):
         TokenFile.open(folder)
     manifest.unlink()
-    with pytest.raises(TokenFileError, match="no manifest.json there; make it with prepare_tokens"):
+    with pytest.raises(
+        TokenFileError, match="no manifest.json there; make it with prepare_tokens"
+    ):
         TokenFile.open(folder)
 
 
@@ -295,14 +329,20 @@ def test_two_processes_tokenise_a_corpus_once(tmp_path, tokenizer):
     env = os.environ | {"GPTLIB_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
     both = [
         subprocess.Popen(
-            arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            arguments,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for _ in range(2)
     ]
     said = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     lines = [out.split() for out, _ in said]
-    assert lines[0][-1] == lines[1][-1] and sorted(map(len, lines)) == [1, 4], "three splits, once"
+    assert lines[0][-1] == lines[1][-1] and sorted(map(len, lines)) == [1, 4], (
+        "three splits, once"
+    )
     (made,) = [path for path in leftover.iterdir() if path.is_dir()]
     shutil.rmtree(made)
     (made.parent / f"{made.name}.12345").mkdir()  # what a killed writer leaves
@@ -310,13 +350,17 @@ def test_two_processes_tokenise_a_corpus_once(tmp_path, tokenizer):
     assert [path for path in leftover.iterdir() if path.is_dir()] == [made]
 
 
-def test_load_tokens_makes_once_and_again_when_the_text_changes(tmp_path, monkeypatch, tokenizer):
+def test_load_tokens_makes_once_and_again_when_the_text_changes(
+    tmp_path, monkeypatch, tokenizer
+):
     monkeypatch.setenv("GPTLIB_RUNS", str(tmp_path / "runs"))
     path = tmp_path / "text.txt"
     path.write_text("the river town\n" * 100, encoding="utf-8")
     first = load_tokens(str(path), tokenizer)
     stamp = (first.folder / "manifest.json").stat().st_mtime_ns
-    assert (load_tokens(str(path), tokenizer).folder / "manifest.json").stat().st_mtime_ns == stamp
+    assert (
+        load_tokens(str(path), tokenizer).folder / "manifest.json"
+    ).stat().st_mtime_ns == stamp
     path.write_text("another town\n" * 100, encoding="utf-8")
     assert load_tokens(str(path), tokenizer).folder != first.folder
     assert corpus_key("wikitext-2") != corpus_key("wikitext-103")

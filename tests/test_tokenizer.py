@@ -61,7 +61,8 @@ def random_text(rng: random.Random, length: int) -> str:
     """Mostly a small alphabet, so that pairs repeat; now and then any character at all."""
     common = "aaabbn  's1.\n\tésλ語👍"
     return "".join(
-        rng.choice(OLD_CHARACTERS if rng.random() < 0.1 else common) for _ in range(length)
+        rng.choice(OLD_CHARACTERS if rng.random() < 0.1 else common)
+        for _ in range(length)
     )
 
 
@@ -94,7 +95,9 @@ def gpt2() -> Tokenizer:
 def test_the_trainer_equals_its_definition():
     rng = random.Random(0)
     for _ in range(150):
-        texts = [random_text(rng, rng.randrange(150)) for _ in range(rng.randrange(1, 4))]
+        texts = [
+            random_text(rng, rng.randrange(150)) for _ in range(rng.randrange(1, 4))
+        ]
         size = 257 + rng.randrange(40)
         assert train_bpe(texts, size) == train_slowly(texts, size), texts
 
@@ -151,7 +154,9 @@ def test_own_encoder_equals_tiktoken_on_random_bytes(own):
 def test_random_vocabularies_agree_with_tiktoken():
     rng = random.Random(4)
     for _ in range(40):
-        tokenizer = Tokenizer.from_merges(train_bpe([random_text(rng, 400)], 300), "random")
+        tokenizer = Tokenizer.from_merges(
+            train_bpe([random_text(rng, 400)], 300), "random"
+        )
         text = random_text(rng, 300)
         assert tokenizer.encode(text) == encode_text(text, tokenizer.ranks)
 
@@ -182,7 +187,9 @@ def test_arrays_and_special_tokens(own):
     assert own.decode(array) == "The river."
     assert own.decode([own.end_of_text]) == END_OF_TEXT
     assert own.decode([]) == "" and own.encode("") == []
-    large = Tokenizer("large", {n.to_bytes(3, "big"): n + 256 for n in range(70000)} | ranks_of([]))
+    large = Tokenizer(
+        "large", {n.to_bytes(3, "big"): n + 256 for n in range(70000)} | ranks_of([])
+    )
     assert large.encode_array("ab").dtype == np.uint32
 
 
@@ -195,7 +202,9 @@ def test_partial_characters_become_replacement_marks(own):
 
 @pytest.mark.parametrize("bad", [2048, 2111, 50300, -1])
 def test_ids_of_no_token(own, bad):
-    with pytest.raises(TokenizerError, match=f"id {bad} is not in the vocabulary of bpe-2048"):
+    with pytest.raises(
+        TokenizerError, match=f"id {bad} is not in the vocabulary of bpe-2048"
+    ):
         own.decode([5, bad])
 
 
@@ -237,7 +246,10 @@ def test_the_hash_sees_what_decides_ids(own):
     assert Tokenizer("other name", own.ranks).hash == own.hash
     assert Tokenizer("own", own.ranks, r"\S+|\s+").hash != own.hash
     merges = [(b"a", b"b"), (b"b", b"c")]
-    assert Tokenizer.from_merges(merges, "x").hash != Tokenizer.from_merges(merges[::-1], "x").hash
+    assert (
+        Tokenizer.from_merges(merges, "x").hash
+        != Tokenizer.from_merges(merges[::-1], "x").hash
+    )
 
 
 def change_token(stored: dict) -> None:
@@ -294,8 +306,16 @@ def test_files_of_something_else(tmp_path, content):
 
 
 def test_unknown_names(tmp_path):
-    for name in ("gpt-5", "bpe-", "bpe-2048x", str(tmp_path / "missing.json"), str(tmp_path)):
-        with pytest.raises(TokenizerError, match="unknown tokenizer .* choose gpt2, bpe-2048"):
+    for name in (
+        "gpt-5",
+        "bpe-",
+        "bpe-2048x",
+        str(tmp_path / "missing.json"),
+        str(tmp_path),
+    ):
+        with pytest.raises(
+            TokenizerError, match="unknown tokenizer .* choose gpt2, bpe-2048"
+        ):
             load_tokenizer(name)
     with pytest.raises(TokenizerError, match="no such tokenizer file"):
         Tokenizer.load(tmp_path / "missing.json")
@@ -319,10 +339,20 @@ def test_threads_and_pickles(own):
 def offline(tmp_path, code: str) -> subprocess.CompletedProcess:
     """Run code where there is no cached vocabulary, and nothing but a dead proxy to ask for one."""
     dead = "http://127.0.0.1:9"
-    environment = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path), "NO_PROXY": "", "no_proxy": ""}
-    environment |= dict.fromkeys(("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"), dead)
+    environment = os.environ | {
+        "TIKTOKEN_CACHE_DIR": str(tmp_path),
+        "NO_PROXY": "",
+        "no_proxy": "",
+    }
+    environment |= dict.fromkeys(
+        ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"), dead
+    )
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -336,7 +366,9 @@ def test_gpt2_without_a_network(tmp_path):
         "except TokenizerError as error: print(time.monotonic() - start < 10, error)\n",
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("True gpt2: its vocabulary cannot be fetched"), done.stdout
+    assert done.stdout.startswith("True gpt2: its vocabulary cannot be fetched"), (
+        done.stdout
+    )
     assert "TIKTOKEN_CACHE_DIR" in done.stdout and "bpe-2048" in done.stdout
     assert done.stdout.count("\n") == 1
 
@@ -361,11 +393,15 @@ def test_gpt2_equals_tiktokens_own(gpt2):
     rng = random.Random(5)
     for text in ODD + [random_text(rng, rng.randrange(200)) for _ in range(300)]:
         ids = gpt2.encode(text)
-        assert ids == theirs.encode_ordinary(text) == encode_text(text, gpt2.ranks), repr(text)
+        assert ids == theirs.encode_ordinary(text) == encode_text(text, gpt2.ranks), (
+            repr(text)
+        )
         assert gpt2.decode(ids) == text
     for _ in range(500):
         word = rng.randbytes(rng.randrange(1, 40))
-        assert encode_word(word, gpt2.ranks) == theirs._core_bpe.encode_single_piece(word)
+        assert encode_word(word, gpt2.ranks) == theirs._core_bpe.encode_single_piece(
+            word
+        )
 
 
 def test_gpt2_padded_ids(gpt2):

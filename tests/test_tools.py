@@ -25,10 +25,13 @@ kernelspec: {display_name: Python 3, language: python, name: python3}
 def chapter(folder, name, *cells):
     """A manuscript whose export cells are `cells`."""
     body = "".join(
-        "```{code-cell} ipython3\n:tags: [export]\n\n" + cell + "\n```\n\n" for cell in cells
+        "```{code-cell} ipython3\n:tags: [export]\n\n" + cell + "\n```\n\n"
+        for cell in cells
     )
     path = folder / f"{name}.md"
-    path.write_text(f"{HEADER}# Title of {name}\n\n## A heading\n\n{body}", encoding="utf-8")
+    path.write_text(
+        f"{HEADER}# Title of {name}\n\n## A heading\n\n{body}", encoding="utf-8"
+    )
     return manuscripts.Chapter(path)
 
 
@@ -75,7 +78,9 @@ def test_tangled_module_reads_as_if_written_by_hand(tmp_path):
 
 def test_tangle_is_deterministic(tmp_path):
     made = chapter(tmp_path, "05_middle", "def f(): ...")
-    assert tangle.tangle(made, set(), {"middle"}) == tangle.tangle(made, set(), {"middle"})
+    assert tangle.tangle(made, set(), {"middle"}) == tangle.tangle(
+        made, set(), {"middle"}
+    )
 
 
 def test_weave_sees_what_changed(tmp_path):
@@ -107,7 +112,9 @@ def test_cell_ids_depend_on_text_alone(tmp_path):
 @pytest.mark.parametrize("tool", ["tangle", "weave", "library_index"])
 def test_check_finds_everything_up_to_date(tool):
     done = subprocess.run(
-        [sys.executable, ROOT / "tools" / f"{tool}.py", "--check"], capture_output=True, text=True
+        [sys.executable, ROOT / "tools" / f"{tool}.py", "--check"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
 

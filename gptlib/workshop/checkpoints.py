@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from gptlib import GptlibError
+from gptlib.gpt import GPT
 from gptlib.workshop.devices import is_out_of_memory
 from gptlib.workshop.files import sync_folder, write_whole
 
@@ -187,3 +188,12 @@ class Checkpoints:
                 "one, or choose another --out to begin again"
             )
         return None
+
+
+def weights_hash(model: GPT) -> str:
+    """SHA-256 of all weights, by name."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -12,6 +12,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -228,3 +229,17 @@ OUT_OF_MEMORY = re.compile(
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, of whatever class, says that memory ran out."""
     return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+@contextlib.contextmanager
+def memory_advice() -> Iterator[None]:
+    """Turns an error that says that memory ran out into a DeviceError with the cure."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceError(
+            "out of memory; halve --micro-batch-size (the tokens per step stay the "
+            "same); if it is 1 already, the model or its block_size is too large here"
+        ) from error

@@ -31,30 +31,21 @@ from gptlib.training import (
     TrainConfig,
     TrainState,
     WithLoss,
+    fit_micro_batch,
     fresh_model,
-    micro_batches_per_step,
     optimizer_of,
     plain_loss,
     train,
     validation_loss,
 )
-from gptlib.workshop.checkpoints import Checkpoints
-from gptlib.workshop.devices import (
-    PRECISIONS,
-    describe_code,
-    describe_machine,
-    is_out_of_memory,
-    make_deterministic,
-    peak_flops,
-    peak_memory,
-    pick_device,
-    pick_precision,
-)
+from gptlib.workshop import devices
+from gptlib.workshop.checkpoints import Checkpoints, weights_hash
 from gptlib.workshop.distribution import Processes, process_device, processes
 from gptlib.workshop.files import cache_dir, lock, remove_leftovers, write_whole
 from gptlib.workshop.token_files import load_tokens
 from gptlib.workshop.watching import (
     LOGGERS,
+    Clock,
     Journal,
     StopRequest,
     cut_rows,
@@ -88,7 +79,7 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and not low <= value < math.inf:
                 raise RunError(f"{name} is {value}; it must be at least {low}")
-        for name, known in (("log", LOGGERS), ("precision", PRECISIONS)):
+        for name, known in (("log", LOGGERS), ("precision", devices.PRECISIONS)):
             if getattr(self, name) not in known:
                 raise RunError(
                     f"unknown {name} {getattr(self, name)!r}; there are "
@@ -155,7 +146,7 @@ def load_run(path: Path | str, which: str = "best", *, device: str = "cpu") -> R
         raise RunError(f"{path}: no checkpoint yet; let the run reach its first one")
     model = GPT(record["config"].model)
     model.load_state_dict(found[1]["model"])
-    model = model.to(pick_device(device)).eval()
+    model = model.to(devices.pick_device(device)).eval()
     return Run(path, model, tokenizer, record["config"], found[0])
 
 
@@ -227,15 +218,6 @@ def check_record(old: dict, new: dict, out: Path) -> None:
         )
 
 
-def weights_hash(model: GPT) -> str:
-    """SHA-256 of all weights, by name."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def load_init(model: GPT, source: Run, tokenizer: Tokenizer) -> None:
     """Copy the weights of a run into a model. Raises RunError if they do not fit."""
     there, here = source.model.config, model.config
@@ -254,42 +236,6 @@ def load_init(model: GPT, source: Run, tokenizer: Tokenizer) -> None:
     model.load_state_dict(source.model.state_dict())
 
 
-def fit_micro_batch(batch_size: int, limit: int, processes: int = 1) -> int:
-    """The largest micro-batch up to `limit` that divides each process's share."""
-    share = micro_batches_per_step(batch_size, 1, processes)
-    return max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
-
-
-class Clock:
-    """Tells a leg how long a step took, when to save and when to end."""
-
-    def __init__(self, options: RunOptions):
-        self.options, self.steps = options, 0
-        self.began = self.last_step = self.last_save = time.perf_counter()
-
-    def step(self) -> float:
-        """Seconds since the last step ended."""
-        seconds = time.perf_counter() - self.last_step
-        self.steps += 1
-        self.restart_step()
-        return seconds
-
-    def restart_step(self) -> None:
-        """The next step is timed from here."""
-        self.last_step = time.perf_counter()
-
-    def saved(self) -> None:
-        self.last_save = self.last_step = time.perf_counter()
-
-    def save_is_due(self) -> bool:
-        return time.perf_counter() - self.last_save >= 60 * self.options.save_minutes
-
-    def leg_is_over(self) -> bool:
-        steps, minutes = self.options.max_steps, self.options.max_minutes
-        late = minutes is not None and self.last_step - self.began >= 60 * minutes
-        return late or (steps is not None and self.steps >= steps)
-
-
 class Leg:
     """One stretch of a run, from where it stands to its end, a limit or a signal."""
 
@@ -304,36 +250,33 @@ class Leg:
         self.config, self.options, self.world = config, options, world
         self.out = Path(options.out)
         record = check_folder(self.out, config)
-        size = options.micro_batch_size
-        self.micro_batch_size = fit_micro_batch(config.batch_size, size, world.size)
+        self.micro_batch_size = fit_micro_batch(
+            config.batch_size, options.micro_batch_size, world.size
+        )
         self.checkpoints = Checkpoints(self.out / "checkpoints", options.keep, self.say)
         self.tokenizer, tokens = self.open_data(record)
-        batches = (
-            Batches(tokens.split(name).ids, n, config.model.block_size, config.seed)
-            for name, n in (
-                ("train", config.batch_size),
-                ("validation", config.eval_sequences),
-            )
-        )
-        self.batches, self.eval_batches = batches
+        ids = {name: tokens.split(name).ids for name in ("train", "validation")}
+        block, seed, n = config.model.block_size, config.seed, config.eval_sequences
+        self.batches = Batches(ids["train"], config.batch_size, block, seed)
+        self.eval_batches = Batches(ids["validation"], n, block, seed)
         precision = options.precision
         if record and precision == "auto":  # settled when the run began
             precision = record["machine"].get("precision", precision)
-        precision = pick_precision(world.device, precision)
+        precision = devices.pick_precision(world.device, precision)
         model = fresh_model(config)
         begun = bool(self.checkpoints.steps())
         if config.init and not begun:
             load_init(model, open_init(config.init), self.tokenizer)
         if world.is_main:
             splits = tokens.manifest["splits"].items()
-            machine = describe_machine(world.device)
+            machine = devices.describe_machine(world.device)
             machine |= {"precision": precision.name, "processes": world.size}
             machine |= {"micro_batch_size": self.micro_batch_size}
             machine |= {"loss": getattr(loss_fn, "__name__", None) or str(loss_fn)}
             new = {
                 "config": dataclasses.asdict(config),
                 "machine": machine,
-                "code": describe_code(),
+                "code": devices.describe_code(),
                 "tokenizer_hash": self.tokenizer.hash,
                 "data": {split: entry["sha256"] for split, entry in splits},
                 "held_out": tokens.manifest.get("held_out"),
@@ -348,7 +291,8 @@ class Leg:
         self.state = TrainState(model, optimizer_of(model, config), precision)
         self.restore(record)
         self.module = WithLoss(model, loss_fn)
-        self.clock, self.request = Clock(options), StopRequest()
+        limits = options.max_steps, options.max_minutes, options.save_minutes
+        self.clock, self.request = Clock(*limits), StopRequest()
         self.journal = self.open_journal() if world.is_main else None
 
     def open_data(self, record: dict | None):
@@ -399,7 +343,7 @@ class Leg:
 
     def open_journal(self) -> Journal:
         state, options, config = self.state, self.options, self.config
-        peak = peak_flops(self.world.device, state.precision.name)
+        peak = devices.peak_flops(self.world.device, state.precision.name)
         flops = state.model.flops_per_token() * config.tokens_per_step
         return Journal(
             self.out,
@@ -443,7 +387,7 @@ class Leg:
         """Write the row, evaluate and save when it is time; whether the leg ends here."""
         seconds = self.clock.step()
         if self.journal:
-            self.journal.step(row, seconds, peak_memory(self.world.device))
+            self.journal.step(row, seconds, devices.peak_memory(self.world.device))
         ends = self.state.step == self.config.steps
         evaluates = ends or self.state.step % self.config.eval_interval == 0
         if evaluates:
@@ -479,20 +423,6 @@ class Leg:
         self.clock.saved()
 
 
-@contextlib.contextmanager
-def memory_advice() -> Iterator[None]:
-    """Turns an error that says that memory ran out into a RunError with the cure."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunError(
-            "out of memory; halve --micro-batch-size (the tokens per step stay the "
-            "same); if it is 1 already, the model or its block_size is too large here"
-        ) from error
-
-
 def run_training(
     config: TrainConfig,
     options: RunOptions,
@@ -507,8 +437,8 @@ def run_training(
     """
     out = Path(options.out)
     if options.deterministic:
-        make_deterministic()
-    with processes(process_device(options.device)) as world, memory_advice():
+        devices.make_deterministic()
+    with processes(process_device(options.device)) as world, devices.memory_advice():
         if check_folder(out, config):  # a cheap refusal first
             steps = Checkpoints(out / "checkpoints").steps()
             if steps and steps[-1] >= config.steps:
@@ -579,7 +509,9 @@ def small_run() -> Run:
     demo = PRESETS["demo"]
     steps = demo.steps // 2
     config = dataclasses.replace(demo, steps=steps, eval_interval=steps // 2)
-    key = hashlib.sha256(f"{config} {describe_code()['files']}".encode()).hexdigest()
+    key = hashlib.sha256(
+        f"{config} {devices.describe_code()['files']}".encode()
+    ).hexdigest()
     out = cache_dir() / "small_runs" / key[:16]
     options = RunOptions(out, precision="fp32", micro_batch_size=16, progress=False)
     with lock(out.with_suffix(".lock")), contextlib.redirect_stderr(io.StringIO()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -257,7 +258,7 @@ class StopRequest:
         self.signal: int | None = None
         self.before: dict = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self.note)
@@ -332,6 +333,38 @@ class Journal:
     def close(self) -> None:
         for thing in (self.metrics, self.timings, self.logger, self.bar):
             thing.close()
+
+
+class Clock:
+    """Tells a leg how long a step took, when to save and when to end."""
+
+    def __init__(
+        self, max_steps: int | None, max_minutes: float | None, save_minutes: float
+    ):
+        self.max_steps, self.save_minutes, self.steps = max_steps, save_minutes, 0
+        self.max_minutes = math.inf if max_minutes is None else max_minutes
+        self.began = self.last_step = self.last_save = time.perf_counter()
+
+    def step(self) -> float:
+        """Seconds since the last step ended."""
+        seconds = time.perf_counter() - self.last_step
+        self.steps += 1
+        self.restart_step()
+        return seconds
+
+    def restart_step(self) -> None:
+        """The next step is timed from here."""
+        self.last_step = time.perf_counter()
+
+    def saved(self) -> None:
+        self.last_save = self.last_step = time.perf_counter()
+
+    def save_is_due(self) -> bool:
+        return time.perf_counter() - self.last_save >= 60 * self.save_minutes
+
+    def leg_is_over(self) -> bool:
+        late = time.perf_counter() - self.began >= 60 * self.max_minutes
+        return late or self.steps == self.max_steps
 
 
 @contextlib.contextmanager
