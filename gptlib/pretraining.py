@@ -21,25 +21,26 @@ from gptlib.training import (
     TrainConfig,
     TrainState,
     WithLoss,
+    fit_micro_batch,
     fresh_model,
     optimizer_of,
     training_step,
 )
 from gptlib.workshop.devices import (
     describe_machine,
+    memory_advice,
     peak_flops,
     peak_memory,
     pick_device,
     pick_precision,
     total_memory,
 )
+from gptlib.workshop.distribution import process_device
 from gptlib.workshop.runs import (
     Run,
     RunOptions,
     branch_run,
-    fit_micro_batch,
     load_run,
-    memory_advice,
     run_training,
 )
 from gptlib.workshop.watching import errors_in_one_line
@@ -50,7 +51,7 @@ def pretrain(config: TrainConfig, options: RunOptions) -> Run | None:
 
     Returns the run as it stands; None in processes other than the first.
     """
-    kind = pick_device(options.device).type
+    kind = process_device(options.device).type
     loss_fn = fast_loss(config.model.vocab_size, kind)
     return run_training(config, options, loss_fn=loss_fn, open_init=open_init)
 
@@ -166,8 +167,8 @@ def open_init(source: str) -> Run:
 class Pretrain:
     """Pretrain a GPT. On an unfinished --out the same command goes on."""
 
-    options: Annotated[RunOptions, tyro.conf.arg(name="")]
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    options: Annotated[RunOptions, tyro.conf.arg(prefix_name=False)]
+    config: Annotated[TrainConfig, tyro.conf.arg(prefix_name=False)]
     preset: str = "tinytiny"  # gives the settings below their defaults
     branch: Path | None = None  # begin with this trapezoid run, and cool it down
     plan: bool = False  # measure, print what the run will take, and stop

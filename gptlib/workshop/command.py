@@ -41,7 +41,7 @@ class SampleOptions:
 
 
 def sample(options: SampleOptions) -> None:
-    """Write continuations to standard output as they are drawn; the i-th by seed + i."""
+    """Print continuations as they are drawn, the i-th by seed + i."""
     from gptlib.workshop.runs import load_run
 
     run = load_run(options.run, options.which, device=options.device)
