@@ -167,8 +167,8 @@ def open_init(source: str) -> Run:
 class Pretrain:
     """Pretrain a GPT. On an unfinished --out the same command goes on."""
 
-    options: Annotated[RunOptions, tyro.conf.arg(prefix_name=False)]
-    config: Annotated[TrainConfig, tyro.conf.arg(prefix_name=False)]
+    run: Annotated[RunOptions, tyro.conf.arg(prefix_name=False)]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     preset: str = "tinytiny"  # gives the settings below their defaults
     branch: Path | None = None  # begin with this trapezoid run, and cool it down
     plan: bool = False  # measure, print what the run will take, and stop
@@ -194,10 +194,10 @@ def main() -> None:
         command = tyro.cli(Pretrain, default=defaults)
         config = command.config
         if command.plan:
-            return print(plan(config, command.options))
+            return print(plan(config, command.run))
         if command.branch:
-            config = branch_run(command.branch, command.options.out)
-        pretrain(config, command.options)
+            config = branch_run(command.branch, command.run.out)
+        pretrain(config, command.run)
 
 
 if __name__ == "__main__":

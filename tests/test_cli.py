@@ -9,6 +9,7 @@ import pytest
 
 from gptlib.tokenizer import Tokenizer, train_bpe
 
+
 SHAPE = [
     "--model.n-layer",
     "1",
@@ -297,7 +298,7 @@ def test_lazy_names():
             getattr(gptlib, name) is not None and name in dir(gptlib) for name in names
         )
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        gptlib.nothing
+        _ = gptlib.nothing
     code = "import sys, gptlib; print([m for m in sys.modules if m in ('torch', 'numpy', 'tyro')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]"

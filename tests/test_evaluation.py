@@ -21,8 +21,9 @@ from gptlib.evaluation import (
     windows,
 )
 from gptlib.gpt import GPT, GPTConfig
-from gptlib.workshop.token_files import TokenSplit, load_tokens
 from gptlib.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from gptlib.workshop.token_files import TokenSplit, load_tokens
+
 
 WIKITEXT = "wikitext-sample:wikitext-103-raw-v1"
 BYTES = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})

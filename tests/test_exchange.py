@@ -2,6 +2,7 @@
 
 import os
 
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import dataclasses
@@ -43,6 +44,7 @@ from gptlib.sampling import generate
 from gptlib.tokenizer import Tokenizer, TokenizerError, load_tokenizer, train_bpe
 from gptlib.training import TrainConfig
 from gptlib.workshop.runs import Run, load_run
+
 
 TEXT = (
     "Alice was friends with Bob . Alice went to visit her friend Bob , and Bob 's friend Al . "

@@ -22,6 +22,7 @@ from gptlib.speed import (
 )
 from gptlib.training import plain_loss
 
+
 CACHES = ("compiled_to_gradient", "compiled_hidden", "compiled_products")
 
 
