@@ -14,9 +14,10 @@ ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> PyTorch's `approx
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them, four times as wide inside: (B, T, C) -> (B, T, C).
+    """Two linear layers with a GELU between them, (B, T, C) -> (B, T, C), 4C inside.
 
-    activation: `gelu` (exact) or `gelu_tanh` (GPT-2's approximation). Source: Hendrycks and Gimpel 2016.
+    activation: `gelu` (exact) or `gelu_tanh` (GPT-2's approximation).
+    Source: Hendrycks and Gimpel 2016.
     """
 
     def __init__(
@@ -28,10 +29,6 @@ class MLP(nn.Module):
         activation: str = "gelu",
     ):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}"
-            )
         self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=bias)
         self.gelu = nn.GELU(approximate=ACTIVATIONS[activation])
         self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
@@ -42,9 +39,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, (B, T, C) -> (B, T, C): attention and MLP each add to the residual stream.
+    """A pre-norm transformer block, (B, T, C) -> (B, T, C).
 
-    Source: Radford et al. 2019, section 2.3 (layer normalisation moved to the input of each sub-block).
+    Attention and MLP each add to the residual stream. Source: Radford et al. 2019,
+    section 2.3 (layer norm moved to the input of each sub-block).
     """
 
     def __init__(

@@ -317,8 +317,9 @@ def _tinywiki() -> Corpus:
     """The book's own corpus: articles of an invented world, made as they are read."""
     from gptlib.workshop import tinywiki
 
-    wiki, program = tinywiki.TinyWiki(seed=0), Path(tinywiki.__file__)
-    files = [program, *sorted(program.parent.glob("world/*"))]
+    wiki, folder = tinywiki.TinyWiki(seed=0), Path(tinywiki.__file__).parent
+    parts = ("tinywiki.py", "grammar.py", "world/*.txt")  # what decides the text
+    files = [path for part in parts for path in sorted(folder.glob(part))]
 
     def reader(split: str) -> Iterator[Piece]:
         for article in wiki.articles(split):

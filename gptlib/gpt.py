@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptlib import GptlibError
 from gptlib.block import ACTIVATIONS, Block
+
+
+def init_weights(module: nn.Module) -> None:
+    """GPT-2's start: weights N(0, 0.02), biases 0; layer norms keep 1 and 0."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 @dataclass(frozen=True)
@@ -30,34 +39,24 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be at least 1"
-                )
+            if (value := getattr(self, name)) < 1:
+                raise GptlibError(f"{name} is {value}; it must be at least 1")
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; every head needs the same width"
+            raise GptlibError(
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; "
+                "every head needs the same width"
             )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
+            raise GptlibError(f"dropout is {self.dropout}; it must be in [0, 1)")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"unknown activation {self.activation!r}; there are {', '.join(ACTIVATIONS)}"
-            )
-
-
-def init_weights(module: nn.Module) -> None:
-    """GPT-2's initialisation: weights N(0, 0.02), biases 0; layer norms stay at 1 and 0."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+            known = ", ".join(ACTIVATIONS)
+            raise GptlibError(f"unknown activation {self.activation!r}; choose {known}")
 
 
 class GPT(nn.Module):
-    """GPT-2: token and position embeddings, `n_layer` blocks, a final norm, and a head tied to the embedding.
+    """GPT-2: two embeddings, `n_layer` blocks, a norm, a head tied to the embedding.
 
-    Weight names are GPT-2's (`wte`, `wpe`, `h.0.attn.c_attn`, ...). Source: Radford et al. 2019.
+    Weight names are GPT-2's: `wte`, `h.0.attn.c_attn`. Source: Radford et al. 2019.
     """
 
     def __init__(self, config: GPTConfig):
@@ -67,55 +66,57 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(c.block_size, c.n_embd)
         self.drop = nn.Dropout(c.dropout)
         options = {"bias": c.bias, "dropout": c.dropout, "activation": c.activation}
-        self.h = nn.ModuleList(
-            Block(c.n_embd, c.n_head, **options) for _ in range(c.n_layer)
-        )
+        blocks = (Block(c.n_embd, c.n_head, **options) for _ in range(c.n_layer))
+        self.h = nn.ModuleList(blocks)
         self.ln_f = nn.LayerNorm(c.n_embd, bias=c.bias)
         self.apply(init_weights)
         for name, p in self.named_parameters():
-            if name.endswith(
-                "c_proj.weight"
-            ):  # the 2 * n_layer layers that write to the residual stream
+            if name.endswith("c_proj.weight"):  # writes to the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer))
 
     def hidden(self, tokens: Tensor, cache=None) -> Tensor:
-        """(B, T) int64 -> (B, T, C), what the head reads. Raises ValueError for more than block_size tokens."""
+        """(B, T) int64 -> (B, T, C), what the head reads.
+
+        Raises GptlibError for more than block_size tokens.
+        """
         start = 0 if cache is None else cache.length
-        T = tokens.shape[1]
-        if start + T > self.config.block_size:
-            raise ValueError(
-                f"{start + T} tokens are more than the block_size of {self.config.block_size}; crop the oldest"
+        stop = start + tokens.shape[1]
+        if stop > self.config.block_size:
+            raise GptlibError(
+                f"{stop} tokens are more than the block_size of "
+                f"{self.config.block_size}; crop the oldest"
             )
-        x = self.drop(
-            self.wte(tokens) + self.wpe.weight[start : start + T]
-        )  # (B, T, C)
+        x = self.drop(self.wte(tokens) + self.wpe.weight[start:stop])  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache.layers[i])
         return self.ln_f(x)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> (..., V) logits: the inner product with every token's embedding."""
+        """(..., C) -> (..., V) logits: the inner product with every token's row."""
         return F.linear(hidden, self.wte.weight)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T) int64 -> logits (B, T, V), and the mean cross-entropy in nats if there are targets (B, T)."""
+        """(B, T) int64 -> logits (B, T, V), and the loss if there are targets (B, T).
+
+        The loss is the mean cross-entropy in nats.
+        """
         logits = self.head(self.hidden(tokens))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def n_parameters(self, *, positions: bool = False) -> int:
-        """Number of parameters; without the position table unless `positions`, as in Table 1."""
+    def n_parameters(self, *, include_positions: bool = False) -> int:
+        """Number of parameters; as in Table 1, the position table is left out."""
         total = sum(p.numel() for p in self.parameters())
-        return total if positions else total - self.wpe.weight.numel()
+        return total if include_positions else total - self.wpe.weight.numel()
 
     def flops_per_token(self) -> int:
-        """Floating-point operations of one training step per token, forward and backward.
+        """Floating-point operations of a training step, per token.
 
-        Six per weight of every matmul, the head included, and 12 * n_layer * n_embd * block_size for
-        the two attention products. Source: Chowdhery et al. 2022, appendix B.
+        Six per weight of every matmul, the head included, and 12 * n_layer * n_embd *
+        block_size for attention. Source: Chowdhery et al. 2022, appendix B.
         """
         c = self.config
         return 6 * self.n_parameters() + 12 * c.n_layer * c.n_embd * c.block_size

@@ -12,19 +12,20 @@ from torch import nn
 
 
 def perplexity(loss: float) -> float:
-    """e to the loss (nats per token): the number of equally likely tokens that would be as surprising."""
+    """e to the loss (nats per token): an even choice among this many tokens."""
     return math.exp(loss)
 
 
 def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
-    """Loss in nats per token -> bits per byte of text, which does not depend on the tokenizer."""
+    """Nats per token -> bits per byte of text, which no tokenizer can change."""
     return loss * tokens / math.log(2) / text_bytes
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices (and embeddings) decay, vectors (biases and norms) do not."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    """Matrices and embeddings decay, vectors (biases and norms) do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2]
+    vectors = [p for p in trained if p.dim() < 2]
     return [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -34,18 +35,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def make_adamw(
     model: nn.Module, *, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; its rate is set before every step. Source: Loshchilov and Hutter 2019."""
+    """AdamW over `parameter_groups`; its rate, 0 at first, is set before every step.
+
+    Source: Loshchilov and Hutter 2019.
+    """
     groups = parameter_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
-def learning_rate(
+def cosine(
     step: int, *, peak: float, final: float, warmup_steps: int, decay_steps: int
 ) -> float:
-    """Linear warm-up, then half a cosine down to `final`, for the 0-based `step`.
+    """Rate of the 0-based `step`: linear warm-up, then half a cosine down to `final`.
 
-    The first step has peak / warmup_steps, not 0; after `decay_steps` the rate stays at `final`.
-    Source: Loshchilov and Hutter 2017 (cosine).
+    Step 0 has peak / warmup_steps, not 0; from `decay_steps` on the rate is `final`.
+    Source: Loshchilov and Hutter 2017.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -64,17 +68,22 @@ def trapezoid(
     steps: int,
     cooldown_steps: int,
 ) -> float:
-    """Linear warm-up, the peak, and a straight line towards `final` in the last `cooldown_steps` of `steps`.
+    """Rate of the 0-based `step`: linear warm-up, the peak, a straight line to `final`.
 
-    The first step has peak / warmup_steps, not 0. Source: Hägele et al. 2024.
+    The line fills the last `cooldown_steps` of `steps`. Also called WSD.
+    Source: Hägele et al. 2024.
     """
-    climb = min(1.0, (step + 1) / max(1, warmup_steps))
-    descent = min(1.0, max(0, steps - step) / max(1, cooldown_steps))
-    return peak * climb if climb < 1 else final + (peak - final) * descent
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    left = min(1, max(0, steps - step) / max(1, cooldown_steps))  # 1 .. 0
+    return final + (peak - final) * left
 
 
-class Together:
-    """Several optimisers, each with parameters of its own, that a training loop can treat as one."""
+SCHEDULES = {"cosine": cosine, "trapezoid": trapezoid}
+
+
+class CombinedOptimizer:
+    """Several optimisers, each with its own parameters, used as one."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
         self.parts = parts
@@ -101,30 +110,21 @@ class Together:
 
 def make_muon(
     model: nn.Module, *, weight_decay: float, betas: tuple[float, float]
-) -> Together:
-    """Muon for the matrices of the blocks (`model.h`), AdamW for embeddings and vectors.
+) -> CombinedOptimizer:
+    """Muon for the matrices of the blocks (`model.h`), AdamW for everything else.
 
-    Muon's step is scaled to the size of AdamW's, so that both take the same rate, which is set before
-    every step. Sources: Jordan et al. 2024; Liu et al. 2025 (the scale).
+    Both take the same rate, 0 at first, which is set before every step.
+    Sources: Jordan et al. 2024; Liu et al. 2025 (the scale).
     """
     inner = [p for p in model.h.parameters() if p.dim() == 2]
     taken = {id(p) for p in inner}
     groups = parameter_groups(model, weight_decay)
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in taken]
-    muon = torch.optim.Muon(
-        inner,
-        lr=0.0,
-        weight_decay=weight_decay,
-        momentum=0.95,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return Together(
-        muon, torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
-    )
+    options = {"momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+    muon = torch.optim.Muon(inner, lr=0.0, weight_decay=weight_decay, **options)
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+    return CombinedOptimizer(muon, adamw)
 
 
-cosine = learning_rate
-CombinedOptimizer = Together
-SCHEDULES = {"cosine": cosine, "trapezoid": trapezoid}
 OPTIMIZERS = {"adamw": make_adamw, "muon": make_muon}

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import regex
@@ -170,7 +171,7 @@ class Tokenizer:
     pattern: str = field(default=GPT2_PATTERN, repr=False)
 
     @classmethod
-    def from_merges(cls, merges: Iterable[Pair], name: str, **options) -> Tokenizer:
+    def from_merges(cls, merges: Iterable[Pair], name: str, **options) -> Self:
         """A tokenizer from the merges that `train_bpe` learned."""
         return cls(name, ranks_of(merges), **options)
 
@@ -256,7 +257,7 @@ class Tokenizer:
         write_whole(Path(path), json.dumps(stored, indent=1))
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Tokenizer:
+    def load(cls, path: str | os.PathLike) -> Self:
         """Read what `save` wrote. Raises TokenizerError if it is missing or altered."""
         try:
             stored = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,13 +1,24 @@
 """Corpora: documents, splits, and one clear line for whatever cannot be had."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
-from gptlib.corpus import CorpusError, documents_of_rows, load_corpus, text_file
+from gptlib import GptlibError
+from gptlib.corpus import (
+    Corpus,
+    CorpusError,
+    Piece,
+    documents_of_rows,
+    has_network,
+    load_corpus,
+    text_file,
+)
+
 
 REAL = os.environ.get("GPTLIB_DATA")
 needs_data = pytest.mark.skipif(
@@ -34,7 +45,7 @@ def test_sections_do_not_cut():
     assert len(list(documents_of_rows(iter(rows)))) == 1
 
 
-@pytest.mark.parametrize("size", [1, 7, 100, 5000])
+@pytest.mark.parametrize("size", [30, 100, 5000])
 def test_text_file_loses_nothing(tmp_path, size):
     text = "".join(f"line {i} é €\n" for i in range(size))
     path = tmp_path / "file.txt"
@@ -58,7 +69,7 @@ def test_text_file_in_blocks(tmp_path, monkeypatch):
 def test_not_utf8_names_the_byte(tmp_path):
     path = tmp_path / "bad.txt"
     path.write_bytes(b"good line\n" * 50 + b"bad \xff line\n")
-    with pytest.raises(CorpusError, match=r"byte 504 \(0xff\).*iconv"):
+    with pytest.raises(CorpusError, match=r"bad.txt: byte 504 \(0xff\).*iconv"):
         for split in text_file(path).splits:
             list(text_file(path).pieces(split))
 
@@ -72,43 +83,80 @@ def test_unknown_names():
         load_corpus("tinywiki").pieces("dev")
 
 
-def test_hub_without_network_is_quick_and_names_the_cure(tmp_path):
-    code = (
-        "import socket, gptlib.corpus as c\n"
-        "def refuse(*a, **k): raise OSError('no network')\n"
-        "socket.create_connection = refuse; socket.socket.connect = refuse\n"
-        "try: c.load_corpus('wikitext-103')\n"
-        "except c.CorpusError as e: print(e)\n"
+def run_offline(tmp_path, code: str, **environment) -> str:
+    """What code prints where each connection is refused at once."""
+    refuse = (
+        "import socket\n"
+        "tried = []\n"
+        "def refuse(address, *a, **k): tried.append(address); raise OSError\n"
+        "socket.create_connection = refuse\n"
+        "socket.socket.connect = lambda self, address: refuse(address)\n"
+        "import gptlib.corpus as c\n"
     )
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    env |= {"HF_HOME": str(tmp_path), "GPTLIB_RUNS": str(tmp_path)}
-    began = time.monotonic()
+    env.pop("HF_HUB_OFFLINE", None)
+    env |= {"HF_HOME": str(tmp_path), "GPTLIB_RUNS": str(tmp_path), **environment}
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=env,
-        cwd=tmp_path,
-        timeout=120,
-    )
-    assert "tinywiki" in done.stdout and "HF_HOME" in done.stdout, done.stderr
-    assert done.stdout.count("\n") == 1
-    assert (
-        time.monotonic() - began < 60
-    )  # generous for a busy machine; alone it takes a few seconds
+        [sys.executable, "-c", refuse + code],
+        capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def write_dataset(folder, rows):
-    import json
+HUB = """
+try: list(c.load_corpus('wikitext-103').pieces('train'))
+except c.CorpusError as e: print(e)
+print(tried)
+"""
 
-    for split in ("train", "validation"):
+
+def test_hub_without_network_asks_once_and_names_the_cure(tmp_path):
+    said, tried = run_offline(tmp_path, HUB).splitlines()
+    assert said.startswith("wikitext-103: the Hugging Face hub cannot be reached")
+    assert "HF_HUB_OFFLINE=1" in said and "GPTLIB_DATA" in said and "tinywiki" in said
+    assert tried == "[('huggingface.co', 443)]"
+
+
+def test_hub_is_looked_for_behind_the_proxy_and_under_its_other_name(tmp_path):
+    proxy = run_offline(
+        tmp_path, HUB, HTTPS_PROXY="http://proxy.test:3128"
+    ).splitlines()
+    assert proxy[1] == "[('proxy.test', 3128)]"
+    mirror = run_offline(tmp_path, HUB, HF_ENDPOINT="https://mirror.test").splitlines()
+    assert mirror[1] == "[('mirror.test', 443)]"
+
+
+def test_offline_by_request_uses_the_cache_only(tmp_path):
+    code = HUB + "import datasets, huggingface_hub\n"
+    said = run_offline(tmp_path, code, HF_HUB_OFFLINE="1").splitlines()
+    assert "`datasets` cannot read it" in said[0] and said[1] == "[]"
+
+
+def test_looking_for_the_network_changes_no_other_library(monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    before = constants.HF_HUB_OFFLINE
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+    def refuse(*_):
+        raise OSError
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    assert not has_network()
+    with pytest.raises(CorpusError, match="cannot be reached"):
+        list(load_corpus("wikitext-2").splits)
+    assert before == constants.HF_HUB_OFFLINE
+
+
+def write_dataset(folder, rows, splits=("train", "validation")):
+    folder.mkdir(exist_ok=True)
+    for split in splits:
         with (folder / f"{split}.jsonl").open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def test_folder_without_a_text_column(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTLIB_RUNS", str(tmp_path / "runs"))
-    (tmp_path / "data").mkdir()
     write_dataset(tmp_path / "data", [{"body": "x"}])
     with pytest.raises(CorpusError, match="no column 'text'"):
         list(load_corpus(str(tmp_path / "data")).pieces("train"))
@@ -116,7 +164,6 @@ def test_folder_without_a_text_column(tmp_path, monkeypatch):
 
 def test_folder_with_titles_and_a_rewritten_file(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTLIB_RUNS", str(tmp_path / "runs"))
-    (tmp_path / "data").mkdir()
     write_dataset(
         tmp_path / "data",
         [
@@ -142,3 +189,87 @@ def test_real_wikitext_validation_has_sixty_articles():
     assert len(pieces) == 60
     assert sum(p.lines for p in pieces) == 3760
     assert sum(len(p.text.split()) for p in pieces) == 213_886
+
+
+def test_a_missing_validation_split_is_held_out_and_announced(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("GPTLIB_RUNS", str(tmp_path / "runs"))
+    rows = [
+        {"title": str(n // 2), "text": f"part {n}"} for n in range(90)
+    ]  # 45 documents
+    write_dataset(tmp_path / "data", rows, ["train"])
+    corpus = load_corpus(str(tmp_path / "data"))
+    assert corpus.splits == ("train", "validation")
+    assert corpus.held_out == "every 20th document of train"
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no validation split; every 20th document" in said
+    held_out = list(corpus.documents("validation"))
+    assert held_out == ["part 38\npart 39", "part 78\npart 79"]
+    train = list(corpus.documents("train"))
+    assert len(train) == 43 and not set(train) & set(held_out)
+    write_dataset(tmp_path / "data", rows[:10], ["train"])
+    few = load_corpus(str(tmp_path / "data"))
+    with pytest.raises(
+        CorpusError, match="5 documents are too few.*add a validation file"
+    ):
+        list(few.pieces("validation"))
+
+
+def test_a_validation_split_that_is_there_is_left_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GPTLIB_RUNS", str(tmp_path / "runs"))
+    write_dataset(tmp_path / "data", [{"text": f"story {n}"} for n in range(30)])
+    corpus = load_corpus(str(tmp_path / "data"))
+    assert len(list(corpus.documents("train"))) == 30 and corpus.held_out is None
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("text", ["", "one line\n", "no line end " * 500, "a\nb\n"])
+def test_a_file_too_short_to_be_cut(tmp_path, text):
+    (tmp_path / "short.txt").write_text(text)
+    with pytest.raises(
+        GptlibError, match=r"short.txt: \d+ bytes in too few lines"
+    ) as caught:
+        load_corpus(str(tmp_path / "short.txt"))
+    assert "\n" not in str(caught.value) and "add text" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["C:\\text.txt", "notes:today.txt", "a.b:c.d:e"])
+def test_a_colon_in_a_path_is_a_part_of_it(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    try:
+        (tmp_path / name).write_text("a line of text\n" * 50)
+    except OSError:
+        pytest.skip("this system allows no colon in a file name")
+    corpus = load_corpus(name)
+    assert sum(p.lines for s in corpus.splits for p in corpus.pieces(s)) == 50
+
+
+def test_a_configuration_follows_the_last_colon(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTLIB_DATA", str(tmp_path))
+    monkeypatch.setenv("GPTLIB_RUNS", str(tmp_path / "runs"))
+    asked = []
+    monkeypatch.setattr(
+        "gptlib.corpus.read_dataset",
+        lambda *a: asked.append(a) or {"train": lambda: iter([]), "validation": list},
+    )
+    (tmp_path / "C:" / "set").mkdir(parents=True)
+    assert load_corpus("C:/set:raw-v1").splits == ("train", "validation")
+    assert asked[0][:3] == ("C:/set:raw-v1", str(tmp_path / "C:" / "set"), "raw-v1")
+
+
+def test_keys_tell_texts_apart(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("one line\n" * 50)
+    first = load_corpus(str(path)).key
+    assert load_corpus(str(path)).key == first and first.startswith("text-txt-")
+    path.write_text("two lines\n" * 45)  # as many bytes
+    os.utime(path, (1, 1))
+    assert path.stat().st_size == 450 and load_corpus(str(path)).key != first
+    assert load_corpus("tinywiki").key != load_corpus("wikitext-2").key
+
+
+def test_nothing_is_opened_before_text_is_asked_for():
+    corpus = Corpus("late", lambda: {"train": lambda: iter([Piece("text")])})
+    assert "_readers" not in vars(corpus)
+    assert list(corpus.documents("train")) == ["text"] and corpus.splits == ("train",)

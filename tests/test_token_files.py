@@ -1,4 +1,4 @@
-"""Token files and random crops where a notebook cell cannot look: damage, broken readers, golden values."""
+"""Token files: round trips, bounded reading, broken readers, damage, processes."""
 
 import json
 import os
@@ -11,23 +11,19 @@ import textwrap
 
 import numpy as np
 import pytest
-import torch
 
-from gptlib.batches import (
-    Batches,
-    SplitWriter,
-    TokenFile,
-    TokenFileError,
-    corpus_key,
-    crop_offsets,
-    crops,
-    encoded,
-    load_tokens,
-    prepare_tokens,
-    to_device,
-)
+import gptlib.workshop.token_files as token_files
 from gptlib.corpus import Corpus, CorpusError, Piece
 from gptlib.tokenizer import Tokenizer, TokenizerError, train_bpe
+from gptlib.workshop.token_files import (
+    TokenFile,
+    TokenFileError,
+    encode_pieces,
+    load_tokens,
+    write_split,
+    write_tokens,
+)
+
 
 WORDS = re.findall(
     r"\S+", "the river town of Bex has a ship , an album and 17 @,@ 000 people"
@@ -62,9 +58,10 @@ def corpus_of(**splits) -> Corpus:
 
 @pytest.fixture
 def folder(tmp_path, tokenizer):
-    return prepare_tokens(
+    write_tokens(
         corpus_of(train=some_texts(30), test=["one\n"]), tokenizer, tmp_path / "tokens"
     )
+    return tmp_path / "tokens"
 
 
 # The token file
@@ -87,9 +84,9 @@ def test_round_trip(folder, tokenizer):
 
 def test_pieces_of_one_document_share_one_mark(tmp_path, tokenizer):
     pieces = [Piece("the river "), Piece("of Bex", starts=False), Piece("ship")]
-    split = TokenFile.open(
-        prepare_tokens(corpus_of(train=pieces), tokenizer, tmp_path / "t")
-    ).split("train")
+    split = write_tokens(corpus_of(train=pieces), tokenizer, tmp_path / "t").split(
+        "train"
+    )
     assert [tokenizer.decode(d[1:-1]) for d in split.documents()] == [
         "the river of Bex",
         "ship",
@@ -98,30 +95,28 @@ def test_pieces_of_one_document_share_one_mark(tmp_path, tokenizer):
 
 def test_special_text_is_ordinary_text(tmp_path, tokenizer):
     text = "before<|endoftext|>after"
-    split = TokenFile.open(
-        prepare_tokens(corpus_of(train=[text]), tokenizer, tmp_path / "t")
-    ).split("train")
+    split = write_tokens(corpus_of(train=[text]), tokenizer, tmp_path / "t").split(
+        "train"
+    )
     assert np.sum(split.ids == tokenizer.end_of_text) == 2
     assert [tokenizer.decode(d[1:-1]) for d in split.documents()] == [text]
 
 
 def test_file_does_not_depend_on_threads_or_grouping(tokenizer):
     pieces = [Piece(t) for t in some_texts(100)]
-    expected = [(p, p.text.encode(), tokenizer.encode(p.text)) for p in pieces]
+    expected = [(p, tokenizer.encode(p.text)) for p in pieces]
     for threads, group, ahead in (
         (1, 1, 1),
         (3, 1, 100),
         (4, 500, 10**6),
         (2, 10**6, 10**6),
     ):
-        found = [
-            (p, b, i.tolist())
-            for p, b, i in encoded(
-                pieces, tokenizer, threads=threads, group=group, ahead=ahead
-            )
-        ]
+        results = encode_pieces(
+            pieces, tokenizer, threads=threads, group=group, ahead=ahead
+        )
+        found = [(piece, ids.tolist()) for piece, ids in results]
         assert found == expected
-    assert list(encoded([], tokenizer, threads=2)) == []
+    assert list(encode_pieces([], tokenizer, threads=2)) == []
 
 
 def test_reading_ahead_is_bounded_in_characters(tokenizer):
@@ -133,7 +128,7 @@ def test_reading_ahead_is_bounded_in_characters(tokenizer):
             read += 1000
             yield Piece("ship " * 200)
 
-    for piece, _, _ in encoded(reader(), tokenizer, threads=8, group=1, ahead=5000):
+    for piece, _ in encode_pieces(reader(), tokenizer, threads=8, group=1, ahead=5000):
         most = max(most, read - given)
         given += len(piece.text)
     assert given == 60_000 and most <= 6000
@@ -150,12 +145,15 @@ def test_vocabulary_of_more_than_16_bits_is_refused(tmp_path):
     class Large:
         n_vocab, end_of_text = 2**16 + 1, 2**16
 
+        def encode_array(self, text):
+            return np.array([7], np.uint32)
+
+    corpus = corpus_of(train=["text"])
     with pytest.raises(TokenFileError, match="65537 ids do not fit"):
-        SplitWriter(tmp_path / "x.bin", Large())
+        write_split(corpus, "train", Large(), tmp_path / "x.bin")
     Large.n_vocab, Large.end_of_text = 2**16, 2**16 - 1
-    writer = SplitWriter(tmp_path / "x.bin", Large())
-    assert writer.close()["tokens"] == 1
-    assert np.fromfile(tmp_path / "x.bin", "<u2").tolist() == [65535]
+    assert write_split(corpus, "train", Large(), tmp_path / "x.bin")["tokens"] == 3
+    assert np.fromfile(tmp_path / "x.bin", "<u2").tolist() == [65535, 7, 65535]
 
 
 # Whole or not at all
@@ -173,7 +171,7 @@ def failing(after: int, error: Exception) -> Corpus:
 @pytest.mark.parametrize("after", [0, 1, 2000])
 def test_reader_that_raises_leaves_nothing(tmp_path, tokenizer, after):
     with pytest.raises(CorpusError, match="half a file"):
-        prepare_tokens(
+        write_tokens(
             failing(after, CorpusError("half a file")), tokenizer, tmp_path / "tokens"
         )
     assert list(tmp_path.iterdir()) == []
@@ -181,32 +179,24 @@ def test_reader_that_raises_leaves_nothing(tmp_path, tokenizer, after):
 
 def test_text_that_cannot_be_encoded_leaves_nothing(tmp_path, tokenizer):
     with pytest.raises(TokenizerError, match="half of a character"):
-        prepare_tokens(
+        write_tokens(
             corpus_of(train=["fine", "bad \ud800"]), tokenizer, tmp_path / "tokens"
         )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_failure_keeps_the_folder_that_was_there(folder, tokenizer):
+def test_a_folder_that_is_there_is_not_written_over(folder, tokenizer):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with pytest.raises(KeyboardInterrupt):
-        prepare_tokens(failing(3, KeyboardInterrupt()), tokenizer, folder)
+    with pytest.raises(TokenFileError, match="exists already; delete it"):
+        write_tokens(corpus_of(train=["new"]), tokenizer, folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in folder.parent.iterdir()] == ["tokens"]
 
 
-def test_replacing_leaves_only_the_new_folder(folder, tokenizer):
-    opened = TokenFile.open(folder).split("train").ids
-    first = opened[:5].tolist()
-    prepare_tokens(corpus_of(validation=["new"]), tokenizer, folder)
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "manifest.json",
-        "validation.bin",
-    ]
-    assert [p.name for p in folder.parent.iterdir()] == ["tokens"]
-    assert (
-        opened[:5].tolist() == first
-    )  # a run that reads the old file goes on reading it
+def test_interrupted_writer_leaves_nothing(tmp_path, tokenizer):
+    with pytest.raises(KeyboardInterrupt):
+        write_tokens(failing(3, KeyboardInterrupt()), tokenizer, tmp_path / "tokens")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_killed_writer_leaves_no_token_file(tmp_path, tokenizer):
@@ -214,7 +204,7 @@ def test_killed_writer_leaves_no_token_file(tmp_path, tokenizer):
     program = f"""
         import os, signal
         from pathlib import Path
-        from gptlib.batches import prepare_tokens
+        from gptlib.workshop.token_files import write_tokens
         from gptlib.corpus import Corpus, Piece
         from gptlib.tokenizer import Tokenizer
 
@@ -225,7 +215,8 @@ def test_killed_writer_leaves_no_token_file(tmp_path, tokenizer):
                 yield Piece("the river " * 50)
 
         tokenizer = Tokenizer.load({str(tmp_path / "tokenizer.json")!r})
-        prepare_tokens(Corpus("c", {{"train": reader}}), tokenizer, Path({str(tmp_path / "tokens")!r}))
+        folder = Path({str(tmp_path / "tokens")!r})
+        write_tokens(Corpus("c", {{"train": reader}}), tokenizer, folder)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
@@ -235,7 +226,7 @@ def test_killed_writer_leaves_no_token_file(tmp_path, tokenizer):
     assert done.returncode == -9, done.stderr.decode()
     with pytest.raises(TokenFileError, match="no manifest.json"):
         TokenFile.open(tmp_path / "tokens")
-    prepare_tokens(corpus_of(train=["again"]), tokenizer, tmp_path / "tokens")
+    write_tokens(corpus_of(train=["again"]), tokenizer, tmp_path / "tokens")
     assert len(TokenFile.open(tmp_path / "tokens").split("train")) > 2
 
 
@@ -247,7 +238,7 @@ def test_cut_off_file(folder):
     with pytest.raises(
         TokenFileError, match=r"train.bin: \d+ bytes where \d+ belong; delete"
     ):
-        TokenFile.open(folder).split("train", verify=False)
+        TokenFile.open(folder).split("train")
 
 
 def test_missing_file(folder):
@@ -268,6 +259,31 @@ def test_every_altered_byte_is_found(folder):
     TokenFile.open(folder).split("test")
 
 
+def test_an_altered_byte_under_an_old_time_stamp_is_found_on_demand(folder):
+    path, stamp = folder / "train.bin", (folder / "train.bin").stat().st_mtime_ns
+    altered = bytearray(path.read_bytes())
+    altered[7] ^= 4
+    path.write_bytes(altered)
+    os.utime(path, ns=(stamp, stamp))
+    TokenFile.open(folder).split("train")
+    with pytest.raises(TokenFileError, match="SHA-256 differs"):
+        TokenFile.open(folder).split("train", verify=True)
+
+
+def test_a_start_does_not_hash_the_file_again(folder, monkeypatch):
+    hashed = []
+    real = token_files.hashlib.file_digest
+    monkeypatch.setattr(
+        token_files.hashlib, "file_digest", lambda *a: hashed.append(a) or real(*a)
+    )
+    TokenFile.open(folder).split("train")
+    assert hashed == []
+    os.utime(folder / "train.bin")  # as a copy to another machine does
+    TokenFile.open(folder).split("train")
+    TokenFile.open(folder).split("train")
+    assert len(hashed) == 1, "a file proven right is proven again at each start"
+
+
 def test_damaged_or_missing_manifest(folder):
     manifest = folder / "manifest.json"
     manifest.write_text(manifest.read_text()[:-20])
@@ -275,7 +291,7 @@ def test_damaged_or_missing_manifest(folder):
         TokenFile.open(folder)
     manifest.unlink()
     with pytest.raises(
-        TokenFileError, match="no manifest.json there; make it with prepare_tokens"
+        TokenFileError, match="no manifest.json there; make it with write_tokens"
     ):
         TokenFile.open(folder)
 
@@ -297,10 +313,10 @@ def test_messages_are_one_line(folder):
 
 TWO = """
 import sys, time
-from gptlib import batches
 from gptlib.tokenizer import Tokenizer
+from gptlib.workshop import token_files
 
-write = batches.write_split
+write = token_files.write_split
 
 
 def slow(*arguments):
@@ -309,8 +325,8 @@ def slow(*arguments):
     return write(*arguments)
 
 
-batches.write_split = slow
-tokens = batches.load_tokens(sys.argv[1], Tokenizer.load(sys.argv[2]))
+token_files.write_split = slow
+tokens = token_files.load_tokens(sys.argv[1], Tokenizer.load(sys.argv[2]))
 print(len(tokens.split("train")))
 """
 
@@ -345,7 +361,7 @@ def test_two_processes_tokenise_a_corpus_once(tmp_path, tokenizer):
     )
     (made,) = [path for path in leftover.iterdir() if path.is_dir()]
     shutil.rmtree(made)
-    (made.parent / f"{made.name}.12345").mkdir()  # what a killed writer leaves
+    (made.parent / f"{made.name}.tmp-12345").mkdir()  # what a killed writer leaves
     subprocess.run(arguments, env=env, check=True, capture_output=True, timeout=120)
     assert [path for path in leftover.iterdir() if path.is_dir()] == [made]
 
@@ -363,10 +379,23 @@ def test_load_tokens_makes_once_and_again_when_the_text_changes(
     ).stat().st_mtime_ns == stamp
     path.write_text("another town\n" * 100, encoding="utf-8")
     assert load_tokens(str(path), tokenizer).folder != first.folder
-    assert corpus_key("wikitext-2") != corpus_key("wikitext-103")
     shutil.rmtree(first.folder)
     with pytest.raises(CorpusError, match="unknown corpus"):
         load_tokens(str(tmp_path / "nowhere"), tokenizer)
+
+
+def test_a_split_held_out_by_rule_stands_in_the_manifest(tmp_path, tokenizer):
+    readers = {"train": lambda: (Piece(f"river {n}\n") for n in range(40))}
+    corpus = Corpus("c", readers, hold_out=True)
+    tokens = write_tokens(corpus, tokenizer, tmp_path / "tokens")
+    assert tokens.manifest["held_out"] == "every 20th document of train"
+    found = [tokenizer.decode(d[1:-1]) for d in tokens.split("validation").documents()]
+    assert found == ["river 19\n", "river 39\n"]
+    assert tokens.split("train").record["documents"] == 38
+    few = Corpus("few", {"train": lambda: iter([Piece("one")])}, hold_out=True)
+    with pytest.raises(CorpusError, match="few: 1 documents are too few"):
+        write_tokens(few, tokenizer, tmp_path / "few")
+    assert [p.name for p in tmp_path.iterdir()] == ["tokens"]
 
 
 def test_manifest_says_what_the_ids_mean(folder, tokenizer):

@@ -38,9 +38,9 @@ class HashingFile:
 def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], None]) -> str:
     """Write a file so that `path` is never a part of it; returns the SHA-256.
 
-    content: text (written as UTF-8), bytes, or a function that writes to the binary
-    file it is given. At every moment `path` is absent, the old file or the new one,
-    also if the power fails. A write that fails leaves nothing behind.
+    content: text (written as UTF-8), bytes, or a function that writes to the binary file
+    it is given. At every moment `path` is absent, the old file or the new one, also if the
+    power fails. A write that fails leaves nothing behind.
     """
     path = Path(path)
     if isinstance(content, str):
@@ -86,8 +86,8 @@ def remove_leftovers(folder: Path) -> None:
 def lock(path: Path, wait: bool = True) -> Iterator[None]:
     """Context in which no other process holds the same lock file.
 
-    The lock ends with the process, however it ends; the empty file stays. With
-    `wait=False` it raises FileError, naming the process that holds the lock.
+    The lock ends with the process, however it ends; the empty file stays. With `wait=False`
+    it raises FileError if another process holds the lock, and names the process.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

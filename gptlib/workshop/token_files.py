@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from tqdm import tqdm
@@ -115,7 +116,7 @@ def write_split(
 
 def write_tokens(
     corpus: Corpus, tokenizer: Tokenizer, folder: Path, *, progress: bool = False
-) -> TokenFile:
+) -> "TokenFile":
     """Tokenise every split of a corpus into `folder/SPLIT.bin`, with a manifest.
 
     The folder appears whole or not at all: it is written under another name and
@@ -175,7 +176,7 @@ class TokenFile:
     manifest: dict
 
     @classmethod
-    def open(cls, folder: Path, tokenizer: Tokenizer | None = None) -> TokenFile:
+    def open(cls, folder: Path, tokenizer: Tokenizer | None = None) -> Self:
         """Raises TokenFileError if it is not there, or is another tokenizer's."""
         folder = Path(folder)
         try:
