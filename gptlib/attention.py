@@ -13,35 +13,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def _past(q: Tensor, k: Tensor) -> Tensor:
+    """(T, S), True where a query may read; queries are the last T of S positions."""
+    T, S = q.shape[-2], k.shape[-2]
+    return torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+
+
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     """Causal attention weights, the softmax of equation (1) of the report.
 
-    q: (..., T, d) queries, k: (..., S, d) keys with S >= T: the queries are those of the last T of S
-    positions. Returns (..., T, S); each row is non-negative, sums to 1 and is 0 after its position.
-    Source: Vaswani et al. 2017, section 3.2.1.
+    q: (..., T, d) queries, k: (..., S, d) keys, S >= T: the queries are those of the
+    last T of S positions. Returns (..., T, S); each row is non-negative, sums to 1 and
+    is 0 after its position. Source: Vaswani et al. 2017, section 3.2.1.
     """
-    T, S, d = q.shape[-2], k.shape[-2], q.shape[-1]
-    scores = q @ k.transpose(-2, -1) / math.sqrt(d)  # (..., T, S)
-    past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
-    return scores.masked_fill(~past, float("-inf")).softmax(dim=-1)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., T, S)
+    return scores.masked_fill(~_past(q, k), float("-inf")).softmax(dim=-1)
 
 
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0
 ) -> Tensor:
-    """Weighted average of the values of the past: `attention_weights(q, k) @ v`, by the fused kernel.
+    """The average of the values of the past: `attention_weights(q, k) @ v`.
 
-    q: (..., T, d), k: (..., S, d), v: (..., S, d) with S >= T. Returns (..., T, d). dropout: the
-    probability of dropping a weight. Source: Dao et al. 2022 (the kernel).
+    q: (..., T, d), k: (..., S, d), v: (..., S, d), S >= T. Returns (..., T, d), by the
+    fused kernel (Dao et al. 2022). dropout: the probability of dropping a weight.
     """
-    T, S = q.shape[-2], k.shape[-2]
-    if T == S:
-        return F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True
-        )
-    # is_causal counts from the first key, a cache needs it counted from the last: give the mask
-    past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=past, dropout_p=dropout)
+    square = q.shape[-2] == k.shape[-2]  # is_causal is right only for T = S
+    mask = None if square else _past(q, k)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=square
+    )
 
 
 class Head(nn.Module):
@@ -63,8 +64,9 @@ class Head(nn.Module):
 def influence(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Which input each output depends on, by automatic differentiation.
 
-    function: (T, C) -> (T, D); x: (T, C), where to differentiate. Returns (T, T): entry [t, s] is the
-    largest |d function(x)[t] / d x[s]| over channels. Causal means exactly 0 above the diagonal.
+    function: (T, C) -> (T, D); x: (T, C), where to differentiate. Returns (T, T): entry
+    [t, s] is the largest |d function(x)[t] / d x[s]| over channels. Causal means that
+    all entries above the diagonal are exactly 0.
     """
     jacobian = torch.autograd.functional.jacobian(function, x)  # (T, D, T, C)
     return jacobian.abs().amax(dim=(1, 3))

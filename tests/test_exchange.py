@@ -2,6 +2,7 @@
 
 import os
 
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import dataclasses
@@ -41,7 +42,9 @@ from gptlib.exchange import (
 from gptlib.gpt import GPT, GPTConfig
 from gptlib.sampling import generate
 from gptlib.tokenizer import Tokenizer, TokenizerError, load_tokenizer, train_bpe
-from gptlib.training import LoadedRun, TrainConfig, load_run
+from gptlib.training import TrainConfig
+from gptlib.workshop.runs import Run, load_run
+
 
 TEXT = (
     "Alice was friends with Bob . Alice went to visit her friend Bob , and Bob 's friend Al . "
@@ -63,7 +66,7 @@ def randomise(model, std: float = 0.3):
     return model.eval()
 
 
-def run_of(path, **options) -> LoadedRun:
+def run_of(path, **options) -> Run:
     torch.manual_seed(0)
     shape = {
         "n_layer": 2,
@@ -75,7 +78,7 @@ def run_of(path, **options) -> LoadedRun:
     config = GPTConfig(**shape | options)
     train = TrainConfig(model=config, corpus="own", tokenizer="own")
     path.mkdir(exist_ok=True)
-    return LoadedRun(path, randomise(GPT(config)), TOKENIZER, train, 5)
+    return Run(path, randomise(GPT(config)), TOKENIZER, train, 5)
 
 
 @torch.no_grad()
@@ -313,8 +316,8 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     cases = [
         ("config.json", None, "no config.json there"),
         ("config.json", "{", "config.json: damaged"),
-        ("model.safetensors", None, "neither model.safetensors nor pytorch_model.bin"),
-        ("model.safetensors", "half", "model.safetensors: damaged"),
+        ("model.safetensors", None, "weights cannot be read"),
+        ("model.safetensors", "half", "weights cannot be read"),
         ("tokenizer.json", None, "no tokenizer.json there"),
         ("tokenizer.json", "{}", "a None tokenizer"),
     ]
@@ -462,67 +465,70 @@ def test_crop_block_size_keeps_early_positions(tmp_path):
         small(torch.zeros(1, 10, dtype=torch.long))
 
 
-def cli(module: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"gptlib.{module}", *map(str, arguments)]
+def cli(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "gptlib.workshop.command", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=180)
+
+
+def test_a_sharded_folder_comes_in(tmp_path):
+    folder = export_run(run_of(tmp_path / "run"), tmp_path / "hf")
+    expected, _ = import_model(str(folder))
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    theirs.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    found, _ = import_model(str(folder))
+    pairs = zip(found.state_dict().values(), expected.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("change", ["unknown", "missing"])
+def test_a_folder_with_other_weights_is_refused(tmp_path, change):
+    from safetensors.torch import load_file, save_file
+
+    folder = export_run(run_of(tmp_path / "run"), tmp_path / "hf")
+    weights = load_file(folder / "model.safetensors")
+    if change == "unknown":
+        weights["transformer.h.0.attn.q_norm.weight"] = torch.ones(4)
+    else:
+        del weights["transformer.h.1.ln_2.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    word = "q_norm" if change == "unknown" else "h.1.ln_2.weight"
+    with pytest.raises(ExchangeError, match=word):
+        import_model(str(folder))
 
 
 def test_command_line_there_and_back(tmp_path):
     folder = export_run(run_of(tmp_path / "run"), tmp_path / "hf")
-    done = cli(
-        "exchange",
-        "import",
-        "--model",
-        folder,
-        "--out",
-        tmp_path / "in",
-        "--block-size",
-        16,
-    )
+    new = tmp_path / "in"
+    done = cli("import", "--model", folder, "--out", new, "--block-size", 16)
     assert done.returncode == 0, done.stderr
-    done = cli(
-        "sampling",
-        "--run",
-        tmp_path / "in",
-        "--prompt",
-        "Alice",
-        "--max-new-tokens",
-        5,
-        "--seed",
-        1,
-    )
+    sample = ["sample", "--run", new, "--prompt", "Alice", "--seed", 1]
+    done = cli(*sample, "--max-new-tokens", 5)
     assert done.returncode == 0 and done.stdout.startswith("Alice"), done.stderr
-    (tmp_path / "text.txt").write_text(TEXT.replace(" . ", " .\n"), encoding="utf-8")
-    environment = {"GPTLIB_RUNS": str(tmp_path / "cache")}
-    os.environ.update(environment)
+    text, out = tmp_path / "text.txt", tmp_path / "evaluation.json"
+    text.write_text(TEXT.replace(" . ", " .\n"), encoding="utf-8")
+    os.environ["GPTLIB_RUNS"] = str(tmp_path / "cache")
     try:
-        out = tmp_path / "evaluation.json"
-        done = cli(
-            "evaluation",
-            "--run",
-            tmp_path / "in",
-            "--corpus",
-            tmp_path / "text.txt",
-            "--split",
-            "train",
-            "--out",
-            out,
-        )
+        evaluate = ["evaluate", "--run", new, "--corpus", text, "--split", "train"]
+        done = cli(*evaluate, "--out", out)
     finally:
         del os.environ["GPTLIB_RUNS"]
     assert done.returncode == 0 and "nats per token" in done.stdout, done.stderr
     assert json.loads(out.read_text())["context"] == 16
+    done = cli("export", "--run", new, "--out", tmp_path / "again")
+    assert done.returncode == 0 and (tmp_path / "again" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["export", "--run", "nowhere", "--out", "x"], "no run there"),
+        (["export", "--run", "nowhere", "--out", "x"], "no run.json there"),
         (["import", "--model", "./nowhere", "--out", "x"], "no such folder"),
     ],
 )
 def test_command_line_errors_are_one_line(tmp_path, arguments, message):
-    done = cli("exchange", *arguments)
+    done = cli(*arguments)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 1 and len(lines) == 1 and message in lines[0], done.stderr
 
