@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from engine import (
+    ROOT,
     config,  # noqa: F401
     finish,
     last_state,
@@ -152,7 +153,7 @@ def test_the_command_of_the_readme(config, tmp_path):
     command += ["--eval-sequences", "4", "--eval-interval", "2"]
     for name, value in shape.items():
         command += [f"--model.{name}", str(value)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     assert last_state(tmp_path / "two")["step"] == 4

@@ -90,15 +90,19 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
     `wait=False` it raises FileError, naming the process that holds the lock.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     note = path.with_name(path.name + ".pid")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(path, timeout=-1 if wait else 0).acquire()
     except Timeout:
         holder = note.read_text() if note.exists() else "unknown"
         raise FileError(
             f"{path.parent} is in use by process {holder}; wait for it, "
             "or choose another folder"
+        ) from None
+    except OSError as error:
+        raise FileError(
+            f"{path.parent} cannot be written ({error.strerror}); choose another folder"
         ) from None
     with held:
         if not wait:
