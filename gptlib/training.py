@@ -229,23 +229,23 @@ MAX_SKIPPED_IN_A_ROW = 20
 def check_finite(state: TrainState, row: dict) -> None:
     """Raises TrainingError if the loss or the gradient's norm is not a number.
 
-    In fp16 an infinite gradient is counted and passed on, since the scaler skips its
-    step; the row's norm becomes None. More than MAX_SKIPPED_IN_A_ROW are an error too.
+    In fp16 the scaler skips a step with an infinite gradient, so it is counted, and the
+    row's norm becomes None; more than MAX_SKIPPED_IN_A_ROW are an error too.
     """
-    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+    loss, norm = row["loss"], row["grad_norm"]
+    if math.isfinite(loss) and math.isfinite(norm):
         state.skipped_in_a_row = 0
         return
-    text = f"step {state.step + 1}: loss {row['loss']}, norm {row['grad_norm']}"
-    if state.scaler.is_enabled() and math.isfinite(row["loss"]):
+    state.skipped_in_a_row += 1
+    if state.scaler.is_enabled() and math.isfinite(loss):
         state.skipped += 1
-        state.skipped_in_a_row += 1
         row["grad_norm"] = None  # JSON has no infinity
         if state.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
             return
-        text += f"; {state.skipped_in_a_row} steps skipped in a row"
     raise TrainingError(
-        f"{text}; no weight was changed; begin another run with a lower "
-        "learning rate, or with --precision fp32"
+        f"step {state.step + 1}: loss {loss}, gradient's norm {norm}, "
+        f"{state.skipped_in_a_row} in a row; no weight was changed; begin another run "
+        "with a lower learning rate, or with --precision fp32"
     )
 
 
