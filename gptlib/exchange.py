@@ -5,11 +5,13 @@ Tangled from book/chapters/13_exchange.md; change it there, not here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,50 +20,54 @@ import torch
 import tyro
 from torch import Tensor
 
+from gptlib import GptlibError
+from gptlib.corpus import has_network
 from gptlib.gpt import GPT, GPTConfig
 from gptlib.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
-from gptlib.training import (
-    LoadedRun,
-    TrainConfig,
-    TrainState,
-    errors_in_one_line,
-    load_run,
-    optimizer_of,
-)
-from gptlib.workshop.checkpoints import Checkpoints, write_text
-from gptlib.workshop.devices import describe_machine
-from gptlib.workshop.watching import read_rows
+from gptlib.training import TrainConfig, TrainState, optimizer_of
+from gptlib.workshop.checkpoints import Checkpoints
+from gptlib.workshop.devices import describe_code, describe_machine
+from gptlib.workshop.files import write_whole
+from gptlib.workshop.runs import Run, load_run
+from gptlib.workshop.watching import errors_in_one_line, read_rows
 
 
-LINEAR = (
-    "c_attn.weight",
-    "c_proj.weight",
-    "c_fc.weight",
-)  # transformers stores these transposed (Conv1D)
+LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers: transposed
 ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new"}  # ours -> theirs
 
 
-class ExchangeError(ValueError):
-    """A model that cannot be exported or imported; the message names the key or feature."""
+class ExchangeError(GptlibError):
+    """A model that cannot be exported or imported; names the key or feature."""
+
+
+def check_finite(weights: dict[str, Tensor]) -> None:
+    """Raises ExchangeError for a weight that holds a NaN or an infinity."""
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise ExchangeError(
+                f"weight {name!r} holds values that are not finite; take another "
+                "checkpoint"
+            )
 
 
 def to_gpt2_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
-    """Our weights under transformers' names and shapes: transposed, biases filled with zeros, padding cropped."""
+    """Our weights under transformers' names, in its shapes.
+
+    Linear layers transposed, missing biases filled with zeros, padding cropped.
+    """
     weights = {}
     for name, value in model.state_dict().items():
         value = value.detach().cpu()
         if name == "wte.weight":
             value = value[:n_vocab]
-        weights[f"transformer.{name}"] = (
-            value.T.contiguous() if name.endswith(LINEAR) else value.clone()
+        turned = value.T if name.endswith(LINEAR) else value
+        weights[f"transformer.{name}"] = turned.clone(
+            memory_format=torch.contiguous_format
         )
-    for name in [
-        name
-        for name in weights
-        if name.endswith("weight") and ".wte." not in name and ".wpe." not in name
-    ]:
-        width = weights[name].shape[-1]  # after the transposition, outputs come last
-        weights.setdefault(name.replace("weight", "bias"), torch.zeros(width))
+    for name in list(weights):
+        if name.endswith("weight") and ".wte." not in name and ".wpe." not in name:
+            width = weights[name].shape[-1]  # once transposed, outputs come last
+            weights.setdefault(name.replace("weight", "bias"), torch.zeros(width))
     return weights
 
 
@@ -85,7 +91,7 @@ def gpt2_config(config: GPTConfig, n_vocab: int, end_of_text: int):
 
 
 def byte_letters() -> dict[int, str]:
-    """GPT-2's printable letter for each byte: its own where it is printable, else one from 256 on."""
+    """GPT-2's printable letter for each byte: its own, or else one from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {byte: chr(byte) for byte in printable}
     others = [byte for byte in range(256) if byte not in letters]
@@ -93,7 +99,10 @@ def byte_letters() -> dict[int, str]:
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges behind a table of ranks: each token's two halves, found by encoding it with the earlier ranks."""
+    """The merges behind a table of ranks: each token's two halves.
+
+    They are found by encoding the token with the ranks before its own.
+    """
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) == 1:
@@ -108,10 +117,11 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def to_fast_tokenizer(tokenizer: Tokenizer, block_size: int):
-    """A `transformers.PreTrainedTokenizerFast` that gives the same ids on all text. Needs GPT-2's split pattern.
+    """A `transformers.PreTrainedTokenizerFast` that gives the same ids on all text.
 
     By transformers' custom the words `<|endoftext|>` in a text become the mark; with
     `split_special_tokens=True` they are ordinary text, as `Tokenizer.encode` has them.
+    Needs GPT-2's split pattern.
     """
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as FastTokenizer
@@ -119,7 +129,8 @@ def to_fast_tokenizer(tokenizer: Tokenizer, block_size: int):
 
     if tokenizer.pattern != GPT2_PATTERN:
         raise ExchangeError(
-            f"tokenizer {tokenizer.name!r} does not split text as GPT-2 does; it cannot be exported"
+            f"tokenizer {tokenizer.name!r} does not split text as GPT-2 does; it "
+            "cannot be exported"
         )
     letters = byte_letters()
 
@@ -127,19 +138,20 @@ def to_fast_tokenizer(tokenizer: Tokenizer, block_size: int):
         return "".join(letters[byte] for byte in token)
 
     vocabulary = {spell(token): rank for token, rank in tokenizer.ranks.items()}
+    vocabulary[END_OF_TEXT] = tokenizer.end_of_text
     merges = [(spell(a), spell(b)) for a, b in merges_of(tokenizer.ranks)]
-    fast = FastTokenizer(
-        models.BPE(
-            vocab=vocabulary | {END_OF_TEXT: tokenizer.end_of_text}, merges=merges
-        )
-    )
+    fast = FastTokenizer(models.BPE(vocab=vocabulary, merges=merges))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=fast, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT,
-        model_max_length=block_size, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=fast,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        model_max_length=block_size,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -168,13 +180,14 @@ It continues text in the manner of its corpus and knows little else. Configurati
 """
 
 
-def model_card(run: LoadedRun) -> str:
+def model_card(run: Run) -> str:
     """The README of an exported model."""
-    rows = [
-        r
-        for r in read_rows(run.path / "metrics.jsonl")
-        if r.get("step") == run.step and "validation_loss" in r
+    losses = [
+        row["validation_loss"]
+        for row in read_rows(run.path / "metrics.jsonl")
+        if row.get("step") == run.step and "validation_loss" in row
     ]
+    shape = dataclasses.asdict(run.model.config) | {"n_vocab": run.tokenizer.n_vocab}
     return MODEL_CARD.format(
         name=run.path.name,
         parameters=run.model.n_parameters(),
@@ -182,95 +195,98 @@ def model_card(run: LoadedRun) -> str:
         step=run.step,
         steps=run.config.steps,
         tokens=run.config.tokens_per_step,
-        loss=f"{rows[-1]['validation_loss']:.4f}" if rows else "not measured",
+        loss=f"{losses[-1]:.4f}" if losses else "not measured",
         tokenizer=run.tokenizer.name,
-        n_vocab=run.tokenizer.n_vocab,
         config=json.dumps(dataclasses.asdict(run.config), indent=1),
-        **{
-            k: getattr(run.model.config, k)
-            for k in ("n_layer", "n_head", "n_embd", "block_size")
-        },
+        **shape,
     )
 
 
-def export_run(run: LoadedRun, out: Path, *, dtype: str = "fp32") -> Path:
-    """Write a run as a folder that `AutoModelForCausalLM` and `AutoTokenizer` open; whole or not at all.
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Context that fills a scratch folder; at its end the folder becomes `out`.
 
-    Raises ExchangeError if the folder exists, the dtype is unknown or a weight is not finite.
+    Whole or not at all. Raises ExchangeError if there is an `out`.
     """
-    out = Path(out)
     if out.exists():
         raise ExchangeError(f"{out} exists; choose another --out or delete it")
-    if dtype not in DTYPES:
-        raise ExchangeError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
-    try:
-        from transformers import GenerationConfig, GPT2LMHeadModel
-    except ImportError:
-        raise ExchangeError(
-            "the library transformers is not installed; pip install transformers"
-        ) from None
-    for name, value in run.model.state_dict().items():
-        if not torch.isfinite(value).all():
-            raise ExchangeError(
-                f"weight {name!r} holds values that are not finite; export another checkpoint"
-            )
-    n_vocab, end = run.tokenizer.n_vocab, run.tokenizer.end_of_text
-    config = gpt2_config(run.model.config, n_vocab, end)
-    theirs = GPT2LMHeadModel(config)
-    theirs.load_state_dict(
-        to_gpt2_weights(run.model, n_vocab)
-        | {"lm_head.weight": run.model.wte.weight.detach().cpu()[:n_vocab]}
-    )
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=out.name + ".", dir=out.parent))
     try:
-        theirs.to(DTYPES[dtype]).save_pretrained(scratch)
-        to_fast_tokenizer(run.tokenizer, run.model.config.block_size).save_pretrained(
-            scratch
-        )
-        GenerationConfig(
-            bos_token_id=end, eos_token_id=end, pad_token_id=end, do_sample=True
-        ).save_pretrained(scratch)
-        (scratch / "README.md").write_text(model_card(run), encoding="utf-8")
+        yield scratch
         scratch.chmod(0o755)
         os.replace(scratch, out)
-    except BaseException:
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise
+
+
+def export_run(run: Run, out: Path | str, *, dtype: str = "fp32") -> Path:
+    """Write a run as a folder that `AutoModelForCausalLM` and `AutoTokenizer` open.
+
+    Raises ExchangeError if the folder exists, the dtype is unknown or a weight is not
+    finite; then nothing is written.
+    """
+    out = Path(out)
+    if dtype not in DTYPES:
+        raise ExchangeError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    need_transformers()
+    from transformers import GenerationConfig, GPT2LMHeadModel
+
+    check_finite(run.model.state_dict())
+    n_vocab, end = run.tokenizer.n_vocab, run.tokenizer.end_of_text
+    weights = to_gpt2_weights(run.model, n_vocab)
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    with new_folder(out) as scratch:
+        theirs = GPT2LMHeadModel(gpt2_config(run.model.config, n_vocab, end))
+        theirs.load_state_dict(weights)
+        theirs.to(DTYPES[dtype]).save_pretrained(scratch)
+        fast = to_fast_tokenizer(run.tokenizer, run.model.config.block_size)
+        fast.save_pretrained(scratch)
+        ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+        GenerationConfig(**ids, do_sample=True).save_pretrained(scratch)
+        (scratch / "README.md").write_text(model_card(run), encoding="utf-8")
     return out
 
 
+def need_transformers() -> None:
+    """Raises ExchangeError, with the cure, where transformers is not installed."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise ExchangeError(
+            "the library transformers is not installed; pip install 'gptlib[hf]'"
+        ) from None
+
+
 def from_gpt2_weights(weights: dict[str, Tensor], config: GPTConfig) -> GPT:
-    """The inverse, strict: an unknown key, a missing one or a wrong shape raises ExchangeError naming it."""
+    """The inverse of `to_gpt2_weights`, strict.
+
+    An unknown weight, a missing one, a wrong shape, and a value that is not finite
+    raise ExchangeError, which names the weight.
+    """
     model = GPT(config)
-    wanted = model.state_dict()
-    found = plain_names(weights)
+    wanted, found = model.state_dict(), plain_names(weights)
     for name in [*found, *wanted]:
         if name not in wanted:
             raise ExchangeError(f"unknown weight {name!r}; this is not a plain GPT-2")
         if name not in found:
             raise ExchangeError(f"weight {name!r} is missing")
         shape, right = tuple(found[name].shape), tuple(wanted[name].shape)
-        cropped = (
-            name == "wte.weight"
-            and len(shape) == 2
-            and shape[0] <= right[0]
-            and shape[1] == right[1]
-        )
-        if shape != right and not cropped:
+        table = name == "wte.weight" and len(shape) == 2  # may have fewer rows
+        if shape != right and not (
+            table and shape[0] <= right[0] and shape[1:] == right[1:]
+        ):
             raise ExchangeError(f"weight {name!r} has shape {shape}, not {right}")
-        if not torch.isfinite(found[name]).all():
-            raise ExchangeError(f"weight {name!r} holds values that are not finite")
-    table = torch.zeros_like(wanted["wte.weight"])  # rows of padding stay 0
-    table[: len(found["wte.weight"])] = found["wte.weight"]
-    model.load_state_dict(
-        {name: value.float() for name, value in (found | {"wte.weight": table}).items()}
-    )
+    check_finite(found)
+    padded = torch.zeros_like(wanted["wte.weight"])  # rows of padding stay 0
+    padded[: len(found["wte.weight"])] = found["wte.weight"]
+    found["wte.weight"] = padded
+    model.load_state_dict({name: value.float() for name, value in found.items()})
     return model.eval()
 
 
 def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' weights under our names, linear layers turned back, and what is no weight left out."""
+    """Transformers' weights under our names, linear layers turned back."""
     table = weights.get("transformer.wte.weight", weights.get("wte.weight"))
     found = {}
     for name, value in weights.items():
@@ -280,118 +296,97 @@ def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if short == "lm_head.weight":
             if table is None or not torch.equal(value, table):
                 raise ExchangeError(
-                    "lm_head.weight differs from wte.weight; a model with an untied head is not a GPT of this book"
+                    "lm_head.weight differs from wte.weight; a model with an untied "
+                    "head is not a GPT of this book"
                 )
             continue
-        found[short] = (
-            value.T.contiguous()
-            if short.endswith(LINEAR) and value.dim() == 2
-            else value
-        )
+        turned = short.endswith(LINEAR) and value.dim() == 2
+        found[short] = value.T.contiguous() if turned else value
     return found
 
 
+PLAIN = {  # what every model of this book has
+    "model_type": "gpt2",
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+    "layer_norm_epsilon": 1e-5,
+}
+
+
 def our_config(theirs: dict, *, vocab_size: int | None = None) -> GPTConfig:
-    """Our configuration for a GPT-2 `config.json`. Raises ExchangeError, naming it, for what GPT-2 has not."""
-    if theirs.get("model_type") != "gpt2":
-        raise ExchangeError(
-            f"model_type is {theirs.get('model_type')!r}, not 'gpt2'; only GPT-2's architecture can be imported"
-        )
-    plain = {
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-        "tie_word_embeddings": True,
-        "layer_norm_epsilon": 1e-5,
-    }
-    for key, value in plain.items():
-        if theirs.get(key, value) != value:
+    """Our configuration for a GPT-2 `config.json`.
+
+    Raises ExchangeError, naming the feature, for what GPT-2 has not.
+    """
+    get = {"activation_function": "gelu_new", "n_inner": None, **theirs}.get
+    width = get("n_embd", 768)
+    ours = {name: key for key, name in ACTIVATION_NAMES.items()}
+    ours["gelu_pytorch_tanh"] = "gelu_tanh"
+    allowed = {key: (value,) for key, value in PLAIN.items()}
+    allowed |= {"n_inner": (None, 4 * width), "activation_function": tuple(ours)}
+    for key, values in allowed.items():
+        # what a file leaves out is as in GPT-2, but for its kind
+        value = get(key, None if key == "model_type" else values[0])
+        if value not in values:
             raise ExchangeError(
-                f"{key} is {theirs[key]!r}; the models of this book have {value!r}"
+                f"{key} is {value!r}; the models of this book have "
+                + " or ".join(map(repr, values))
             )
-    shape = {
-        "n_layer": 12,
-        "n_head": 12,
-        "n_embd": 768,
-        "n_positions": 1024,
-        "vocab_size": 50257,
-    }  # GPT-2's own
-    shape |= {key: theirs[key] for key in shape if key in theirs}
-    if theirs.get("n_inner") not in (None, 4 * shape["n_embd"]):
-        raise ExchangeError(
-            f"n_inner is {theirs['n_inner']}; the MLP of this book is 4 * n_embd = {4 * shape['n_embd']} wide"
-        )
-    ours = {name: key for key, name in ACTIVATION_NAMES.items()} | {
-        "gelu_pytorch_tanh": "gelu_tanh"
-    }
-    activation = theirs.get("activation_function", "gelu_new")
-    if activation not in ours:
-        raise ExchangeError(
-            f"activation_function is {activation!r}; there are {', '.join(ours)}"
-        )
     return GPTConfig(
-        n_layer=shape["n_layer"],
-        n_head=shape["n_head"],
-        n_embd=shape["n_embd"],
-        block_size=shape["n_positions"],
+        n_layer=get("n_layer", 12),
+        n_head=get("n_head", 12),
+        n_embd=width,
+        block_size=get("n_positions", 1024),
         bias=True,
-        vocab_size=vocab_size or shape["vocab_size"],
+        vocab_size=vocab_size or get("vocab_size", 50257),
         dropout=0.0,
-        activation=ours[activation],
+        activation=ours[get("activation_function")],
     )
 
 
 def from_tokenizer_json(path: Path, name: str) -> Tokenizer:
-    """The byte-level BPE of a `tokenizer.json` as one of ours. Raises ExchangeError if it is of another kind."""
+    """The byte-level BPE of a `tokenizer.json` as one of ours.
+
+    Raises ExchangeError if it is of another kind.
+    """
     stored = read_json(path)
-    bpe = stored.get("model") or {}
+    bpe, cut = stored.get("model") or {}, stored.get("pre_tokenizer") or {}
+
+    def refuse(reason: str):
+        return ExchangeError(f"{path.name}: {reason}; it cannot be imported")
+
     if bpe.get("type") != "BPE":
-        raise ExchangeError(
-            f"{path.name}: a {bpe.get('type')} tokenizer; only byte-level BPE can be imported"
+        raise refuse(f"a {bpe.get('type')} tokenizer, not a byte-level BPE")
+    byte_level = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
+    if not byte_level or cut.get("add_prefix_space") or stored.get("normalizer"):
+        raise refuse(
+            f"it does not split text as GPT-2 does (pre_tokenizer {cut.get('type')})"
         )
-    cut = stored.get("pre_tokenizer") or {}
-    plain = (
-        cut.get("type") == "ByteLevel"
-        and not cut.get("add_prefix_space")
-        and cut.get("use_regex", True)
-    )
-    if not plain or stored.get("normalizer"):
-        raise ExchangeError(
-            f"{path.name}: it does not split text as GPT-2 does (pre_tokenizer {cut.get('type')}); it cannot be imported"
-        )
-    special = {
-        token["content"]: token["id"] for token in stored.get("added_tokens", [])
-    }
-    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
+    special = {t["content"]: t["id"] for t in stored.get("added_tokens", [])}
     unknown = sorted(set(special) - {END_OF_TEXT})
     if unknown:
-        raise ExchangeError(
-            f"{path.name}: added tokens {', '.join(unknown)}; only {END_OF_TEXT} can be imported"
-        )
-    vocabulary = {t: i for t, i in bpe.get("vocab", {}).items() if t not in special}
+        raise refuse(f"added tokens {', '.join(unknown)} beside {END_OF_TEXT}")
+    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
+
+    def read(token: str) -> bytes:
+        return bytes(bytes_of[letter] for letter in token)
+
     try:
-        ranks = {
-            bytes(bytes_of[c] for c in token): i for token, i in vocabulary.items()
-        }
-        merges = [
-            pair.split(" ") if isinstance(pair, str) else pair
-            for pair in bpe.get("merges", [])
+        vocabulary = bpe.get("vocab", {}).items()
+        ranks = {read(token): i for token, i in vocabulary if token not in special}
+        pairs = [
+            p.split(" ") if isinstance(p, str) else p for p in bpe.get("merges", [])
         ]
-        merges = [
-            tuple(bytes(bytes_of[c] for c in half) for half in pair) for pair in merges
-        ]
+        merges = [(read(a), read(b)) for a, b in pairs]
     except KeyError as error:
-        raise ExchangeError(
-            f"{path.name}: {error} is no byte-level letter; only byte-level BPE can be imported"
-        ) from None
+        raise refuse(f"{error} is no byte-level letter") from None
     if sorted(ranks.values()) != list(range(len(ranks))) or merges_of(ranks) != merges:
-        raise ExchangeError(
-            f"{path.name}: ids do not count the merges; only GPT-2's numbering can be imported"
-        )
+        raise refuse("ids do not count the merges, as GPT-2's do")
     if special.get(END_OF_TEXT) != len(ranks):
-        raise ExchangeError(
-            f"{path.name}: {END_OF_TEXT} has id {special.get(END_OF_TEXT)}, not {len(ranks)}, the next after the merges"
-        )
+        found = special.get(END_OF_TEXT)
+        raise refuse(f"{END_OF_TEXT} has id {found}, not {len(ranks)}, the next")
     return Tokenizer(name=name, ranks=ranks, pattern=GPT2_PATTERN)
 
 
@@ -399,101 +394,74 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file, or an ExchangeError that names it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no object")
-        return found
+        if isinstance(found, dict):
+            return found
     except ValueError:
+        pass
+    raise ExchangeError(f"{path.name}: damaged (no JSON); fetch or export it again")
+
+
+def find_file(source: str, name: str) -> Path:
+    """A file of a model, in a folder or fetched from the hub."""
+    from transformers.utils import cached_file
+
+    offline = not Path(source).is_dir() and not has_network()
+    try:
+        found = cached_file(source, name, local_files_only=offline)
+    except (OSError, ValueError):
+        found = None
+    if not found:
         raise ExchangeError(
-            f"{path.name}: damaged (no JSON); fetch or export the model again"
-        ) from None
+            f"{source}: no {name} there; give a transformers model folder, or a hub "
+            "name such as gpt2"
+        )
+    return Path(found)
 
 
 def import_model(source: str) -> tuple[GPT, Tokenizer]:
-    """A GPT-2-shaped checkpoint, from a folder or by hub name, as our model and tokenizer.
+    """A GPT-2-shaped checkpoint, from a folder or by hub name, as ours.
 
-    Raises ExchangeError naming the unknown key, the feature or the file that is missing.
+    Raises ExchangeError naming the weight, the feature or the file that is wrong.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        if source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise ExchangeError(
-                f"{source}: no such folder; give a transformers model folder or a hub name such as gpt2"
-            )
-        folder = fetch(source)
-    if not (folder / "config.json").exists():
-        raise ExchangeError(
-            f"{source}: no config.json there; give a transformers model folder or a hub name such as gpt2"
-        )
-    config = our_config(read_json(folder / "config.json"))
-    if (folder / "model.safetensors").exists():
-        weights = read_safetensors(folder / "model.safetensors")
-    elif (folder / "pytorch_model.bin").exists():
-        weights = read_pickle(folder / "pytorch_model.bin")
-    else:
-        raise ExchangeError(
-            f"{source}: neither model.safetensors nor pytorch_model.bin there"
-        )
-    if not (folder / "tokenizer.json").exists():
-        raise ExchangeError(
-            f"{source}: no tokenizer.json there; save it with AutoTokenizer.save_pretrained"
-        )
-    tokenizer = from_tokenizer_json(folder / "tokenizer.json", Path(source).name)
+    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+        raise ExchangeError(f"{source}: no such folder; give a transformers folder")
+    need_transformers()
+    from transformers import GPT2LMHeadModel
+
+    config = our_config(read_json(find_file(source, "config.json")))
+    found = find_file(source, "tokenizer.json")
+    tokenizer = from_tokenizer_json(found, Path(source).name)
     if tokenizer.n_vocab > config.vocab_size:
         raise ExchangeError(
-            f"{source}: its tokenizer has {tokenizer.n_vocab} ids and the model only {config.vocab_size}; they do not belong together"
+            f"{source}: its tokenizer has {tokenizer.n_vocab} ids and the model only "
+            f"{config.vocab_size}; they do not belong together"
         )
-    return from_gpt2_weights(weights, config), tokenizer
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or an ExchangeError if it is cut off."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ExchangeError(
-            f"{path.name}: damaged ({error}); fetch or export the model again"
-        ) from None
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of torch.save, without running code; an ExchangeError if that cannot be."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        theirs, told = GPT2LMHeadModel.from_pretrained(
+            source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=Path(source).is_dir() or not has_network(),
+        )
+    except Exception as error:  # whatever its readers raise for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExchangeError(
-            f"{path.name}: damaged or unsafe ({reason}); fetch the model again as safetensors"
+            f"{source}: its weights cannot be read ({reason[:100]}); fetch or export "
+            "the model again"
         ) from None
-
-
-def fetch(name: str) -> Path:
-    """Download a model's files from the hub, or find them in its cache."""
-    from huggingface_hub import snapshot_download
-
-    from gptlib.corpus import has_network
-
-    try:
-        files = ["config.json", "model.safetensors", "tokenizer.json"]
-        return Path(
-            snapshot_download(
-                name, allow_patterns=files, local_files_only=not has_network()
-            )
-        )
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ExchangeError(
-            f"{name}: no such folder, and the hub does not give it ({reason}); give a local folder"
-        ) from None
+    for kind in ("missing", "unexpected", "mismatched"):
+        names = sorted(map(str, told[f"{kind}_keys"]))
+        if names:
+            raise ExchangeError(f"{source}: {kind} weight {names[0]!r}, no plain GPT-2")
+    return from_gpt2_weights(theirs.state_dict(), config), tokenizer
 
 
 def crop_block_size(model: GPT, block_size: int) -> GPT:
-    """The same model with a shorter context: positions from `block_size` on are dropped."""
+    """The same model with a shorter context: later positions are dropped."""
     if not 1 <= block_size <= model.config.block_size:
         raise ExchangeError(
-            f"block_size {block_size} is not between 1 and the model's {model.config.block_size}"
+            f"block_size {block_size} is not between 1 and the model's "
+            f"{model.config.block_size}"
         )
     cropped = GPT(dataclasses.replace(model.config, block_size=block_size))
     state = model.state_dict()
@@ -502,39 +470,21 @@ def crop_block_size(model: GPT, block_size: int) -> GPT:
 
 
 def save_imported(model: GPT, tokenizer: Tokenizer, source: str, out: Path) -> None:
-    """Make a run folder of an imported model, so that sampling, evaluation and export accept it."""
-    out = Path(out)
-    if out.exists():
-        raise ExchangeError(f"{out} exists; choose another --out or delete it")
-    config = TrainConfig(
-        model=model.config,
-        corpus=f"imported from {source}",
-        tokenizer=tokenizer.name,
-        steps=1,
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=out.name + ".", dir=out.parent))
-    try:
+    """Make a run folder of a model, which sampling, evaluation and --init accept."""
+    corpus = f"imported from {source}"
+    config = TrainConfig(model.config, corpus, tokenizer.name, steps=1)
+    record = {
+        "config": dataclasses.asdict(config),
+        "machine": describe_machine(model.device),
+        "code": describe_code(),
+        "tokenizer_hash": tokenizer.hash,
+        "data": {},
+    }
+    with new_folder(Path(out)) as scratch:
         tokenizer.save(scratch / "tokenizer.json")
-        record = {
-            "config": dataclasses.asdict(config),
-            "machine": describe_machine(model.device),
-            "tokenizer_hash": tokenizer.hash,
-            "data": {},
-        }
-        write_text(scratch / "run.json", json.dumps(record, indent=1) + "\n")
-        state = TrainState(
-            model,
-            optimizer_of(model, config),
-            torch.amp.GradScaler("cpu", enabled=False),
-            step=1,
-        )
+        write_whole(scratch / "run.json", json.dumps(record, indent=1) + "\n")
+        state = TrainState(model, optimizer_of(model, config), step=1)
         Checkpoints(scratch / "checkpoints").save(1, state.state_dict())
-        scratch.chmod(0o755)
-        os.replace(scratch, out)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 @dataclass(frozen=True)
@@ -546,6 +496,9 @@ class Export:
     which: str = "best"  # checkpoint: best or last
     dtype: str = "fp32"  # or bf16, fp16
 
+    def __call__(self) -> None:
+        export_run(load_run(self.run, self.which), self.out, dtype=self.dtype)
+
 
 @dataclass(frozen=True)
 class Import:
@@ -555,25 +508,21 @@ class Import:
     out: Path
     block_size: int | None = None  # crop the context
 
+    def __call__(self) -> None:
+        model, tokenizer = import_model(self.model)
+        if self.block_size is not None:
+            model = crop_block_size(model, self.block_size)
+        save_imported(model, tokenizer, self.model, self.out)
+
 
 def main() -> None:
-    """`python -m gptlib.exchange export|import ...`."""
-    command = tyro.cli(
-        Annotated[Export, tyro.conf.subcommand("export")]
-        | Annotated[Import, tyro.conf.subcommand("import")]
-    )
+    """`gptlib export --run RUN --out FOLDER` and `gptlib import --model NAME`."""
     with errors_in_one_line():
-        if isinstance(command, Export):
-            export_run(
-                load_run(command.run, which=command.which),
-                command.out,
-                dtype=command.dtype,
-            )
-        else:
-            model, tokenizer = import_model(command.model)
-            if command.block_size is not None:
-                model = crop_block_size(model, command.block_size)
-            save_imported(model, tokenizer, command.model, command.out)
+        command = tyro.cli(
+            Annotated[Export, tyro.conf.subcommand("export")]
+            | Annotated[Import, tyro.conf.subcommand("import")]
+        )
+        command()
         print(f"wrote {command.out}")
 
 

@@ -5,46 +5,55 @@ Tangled from book/chapters/14_pretraining.md; change it there, not here.
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
 
+from gptlib import GptlibError
+from gptlib.exchange import import_model
 from gptlib.speed import fast_loss
 from gptlib.training import (
     PRESETS,
-    LoadedRun,
-    RunError,
-    RunOptions,
     TrainConfig,
+    TrainState,
     WithLoss,
-    errors_in_one_line,
     fit_micro_batch,
     fresh_model,
     optimizer_of,
-    run_training,
+    training_step,
 )
 from gptlib.workshop.devices import (
     describe_machine,
+    memory_advice,
     peak_flops,
     peak_memory,
     pick_device,
     pick_precision,
     total_memory,
 )
+from gptlib.workshop.distribution import process_device
+from gptlib.workshop.runs import (
+    Run,
+    RunOptions,
+    branch_run,
+    load_run,
+    run_training,
+)
+from gptlib.workshop.watching import errors_in_one_line
 
 
-def pretrain(config: TrainConfig, options: RunOptions) -> LoadedRun | None:
-    """Start or resume a pretraining run, with the fast loss of chapter 11. Returns what `load_run` would."""
-    kind = pick_device(options.device).type
-    return run_training(
-        config, options, loss_fn=fast_loss(config.model.vocab_size, kind)
-    )
+def pretrain(config: TrainConfig, options: RunOptions) -> Run | None:
+    """Start or resume a pretraining run, with the fast loss of chapter 11.
+
+    Returns the run as it stands; None in processes other than the first.
+    """
+    kind = process_device(options.device).type
+    loss_fn = fast_loss(config.model.vocab_size, kind)
+    return run_training(config, options, loss_fn=loss_fn, open_init=open_init)
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,8 @@ class Plan:
     reason: str
     parameters: int
     tokens: int  # that the whole run trains on
-    state_bytes: int  # weights, gradients and AdamW's two averages
+    flops: float  # of the whole run
+    state_bytes: int  # weights, gradients and the optimiser's averages
     peak_bytes: int  # measured
     memory_bytes: int | None  # that the device has
     tokens_per_second: float  # measured
@@ -67,64 +77,77 @@ class Plan:
         return self.tokens / self.tokens_per_second / 3600
 
     def __str__(self) -> str:
-        have = (
-            "" if self.memory_bytes is None else f" of {self.memory_bytes / 1e9:.1f} GB"
+        memory = f"{self.peak_bytes / 1e9:.2f} GB measured"
+        if self.memory_bytes:
+            memory += f" of {self.memory_bytes / 1e9:.1f} GB"
+        speed = f"{self.tokens_per_second:,.0f} tokens/s"
+        if self.mfu:
+            speed += f", {self.mfu:.1%} of peak"
+        duration = f"{60 * self.hours:.1f} minutes"
+        if self.hours > 1:
+            duration = f"{self.hours:.1f} hours ({self.hours / 24:.2f} days)"
+        return "\n".join(
+            [
+                f"device       {self.device}, {self.precision} ({self.reason})",
+                f"model        {self.parameters:,} parameters; weights, gradients and "
+                f"optimiser {self.state_bytes / 1e9:.2f} GB",
+                f"memory       {memory}",
+                f"speed        {speed}",
+                f"whole run    {self.tokens:,} tokens, {self.flops:.1e} FLOPs, "
+                f"about {duration}",
+            ]
         )
-        lines = [
-            f"device       {self.device}, {self.precision} ({self.reason})",
-            f"model        {self.parameters:,} parameters; weights, gradients and AdamW's averages {self.state_bytes / 1e9:.2f} GB",
-            f"memory       {self.peak_bytes / 1e9:.2f} GB measured{have}",
-            f"speed        {self.tokens_per_second:,.0f} tokens/s"
-            + (f", {self.mfu:.1%} of peak" if self.mfu else ""),
-            f"whole run    {self.tokens:,} tokens, about "
-            + (
-                f"{self.hours:.1f} hours ({self.hours / 24:.2f} days)"
-                if self.hours > 1
-                else f"{60 * self.hours:.1f} minutes"
-            ),
-        ]
-        return "\n".join(lines)
 
 
-def plan(config: TrainConfig, options: RunOptions, *, steps: int = 20) -> Plan:
-    """Measure `steps` micro-batches of random tokens and work out what the run will take. Writes nothing.
+def plan(config: TrainConfig, options: RunOptions, *, seconds: float = 20.0) -> Plan:
+    """Train on random tokens for `seconds`, and work out what the run will take.
 
-    A step of the run is as many micro-batches as it needs, one clipping and one step of the optimiser.
+    A step of the run is many micro-batches and one step of the optimiser. Two short
+    kinds of step, of one micro-batch and of three, tell what each of them costs. Writes
+    nothing.
     """
     device = pick_device(options.device)
     precision = pick_precision(device, options.precision)
-    model = fresh_model(config).to(device)
+    model = fresh_model(config).to(device).train()
     optimizer = optimizer_of(model, config)
     module = WithLoss(model, fast_loss(config.model.vocab_size, device.type))
+    state = TrainState(model, optimizer, precision)
     size = fit_micro_batch(config.batch_size, options.micro_batch_size)
-    tokens = torch.randint(
-        config.model.vocab_size, (size, config.model.block_size + 1)
-    ).to(device)
+    x, y = torch.randint(config.model.vocab_size, (2, size, config.model.block_size))
+    endless = replace(config, steps=10**8 - 1)
 
-    def micro_batch() -> None:
-        with precision.autocast():
-            loss = module(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        loss.backward()
-        loss.item()  # waits for the device
+    def time_of(micro_batches: int) -> float:
+        began = time.perf_counter()
+        training_step(state, module, [(x, y)] * micro_batches, endless)
+        return time.perf_counter() - began
 
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-        optimizer.step()
-
-    micro_batch()  # the first calls set up kernels and the optimiser's averages
-    update()
-    seconds = seconds_of(micro_batch, steps) * config.batch_size / size + seconds_of(
-        update, 2
+    with memory_advice():
+        time_of(1)  # the first step sets up kernels and the optimiser's averages
+        pairs = [(time_of(1), time_of(3))]
+        while sum(map(sum, pairs)) < seconds:
+            pairs.append((time_of(1), time_of(3)))
+    one, three = (sorted(times)[len(times) // 2] for times in zip(*pairs))
+    micro_batch = max((three - one) / 2, one / 4)
+    step = one + (config.batch_size // size - 1) * micro_batch
+    rate = config.tokens_per_step / step
+    peak = peak_flops(device, precision.name)
+    tokens = config.steps * config.tokens_per_step
+    held = sum(
+        value.numel() * value.element_size()
+        for part in getattr(optimizer, "parts", [optimizer])
+        for of_one in part.state.values()
+        for value in of_one.values()
+        if torch.is_tensor(value)
     )
-    rate, peak = config.tokens_per_step / seconds, peak_flops(device, precision.name)
     parameters = model.n_parameters(positions=True)
     return Plan(
         device=describe_machine(device)["device_name"] or device.type,
         precision=precision.name,
         reason=precision.reason,
         parameters=parameters,
-        tokens=config.steps * config.tokens_per_step,
-        state_bytes=16 * parameters,
+        tokens=tokens,
+        flops=float(tokens * model.flops_per_token()),
+        state_bytes=8 * parameters + held,
         peak_bytes=peak_memory(device),
         memory_bytes=total_memory(device),
         tokens_per_second=rate,
@@ -132,49 +155,49 @@ def plan(config: TrainConfig, options: RunOptions, *, steps: int = 20) -> Plan:
     )
 
 
-def seconds_of(call: Callable[[], None], repeats: int) -> float:
-    """Mean duration of a call."""
-    began = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - began) / repeats
+def open_init(source: str) -> Run:
+    """What `init` of a configuration names: a run, or a transformers model."""
+    if (Path(source) / "run.json").exists():
+        return load_run(source)
+    model, tokenizer = import_model(source)
+    return Run(Path(source), model, tokenizer, TrainConfig(model.config), step=0)
 
 
 @dataclass(frozen=True)
-class Command:
-    """Pretrain a GPT. The same command on an unfinished --out goes on; on a finished one it says so."""
+class Pretrain:
+    """Pretrain a GPT. On an unfinished --out the same command goes on."""
 
-    options: Annotated[RunOptions, tyro.conf.arg(name="")]
+    run: Annotated[RunOptions, tyro.conf.arg(prefix_name=False)]
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    preset: str = "tinytiny"  # gives the settings their defaults
+    preset: str = "tinytiny"  # gives the settings below their defaults
+    branch: Path | None = None  # begin with this trapezoid run, and cool it down
     plan: bool = False  # measure, print what the run will take, and stop
 
 
-def preset_of(arguments: list[str]) -> TrainConfig:
-    """The preset that a command line names. Raises RunError for an unknown one."""
-    name = "tinytiny"
-    for i, argument in enumerate(arguments):
-        if argument == "--preset" and i + 1 < len(arguments):
-            name = arguments[i + 1]
-        elif argument.startswith("--preset="):
-            name = argument.partition("=")[2]
-    if name not in PRESETS:
-        raise RunError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[name]
+@dataclass(frozen=True)
+class Preset:
+    """The part of the command line that gives the other part its defaults."""
+
+    preset: str = "tinytiny"
+    plan: bool = False
 
 
 def main() -> None:
-    """`python -m gptlib.pretraining --preset NAME --corpus NAME --out FOLDER`."""
+    """`gptlib pretrain --preset NAME --corpus NAME --out FOLDER`."""
     with errors_in_one_line():
-        config = preset_of(sys.argv[1:])
-        options = RunOptions(
-            out=Path("runs/plan") if "--plan" in sys.argv else tyro.MISSING
-        )
-        command = tyro.cli(Command, default=Command(options=options, config=config))
+        first, _ = tyro.cli(Preset, return_unknown_args=True, add_help=False)
+        if first.preset not in PRESETS:
+            known = ", ".join(PRESETS)
+            raise GptlibError(f"unknown preset {first.preset!r}; there are {known}")
+        options = RunOptions(Path("runs/plan") if first.plan else tyro.MISSING)
+        defaults = Pretrain(options, PRESETS[first.preset], first.preset)
+        command = tyro.cli(Pretrain, default=defaults)
+        config = command.config
         if command.plan:
-            print(plan(command.config, command.options))
-        else:
-            pretrain(command.config, command.options)
+            return print(plan(config, command.run))
+        if command.branch:
+            config = branch_run(command.branch, command.run.out)
+        pretrain(config, command.run)
 
 
 if __name__ == "__main__":

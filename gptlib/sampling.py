@@ -1,4 +1,4 @@
-"""Sampling: why multinomial and not argmax.
+"""Sampling: draw the next token, again and again.
 
 Tangled from book/chapters/10_sampling.md; change it there, not here.
 """
@@ -6,33 +6,19 @@ Tangled from book/chapters/10_sampling.md; change it there, not here.
 from __future__ import annotations
 
 import codecs
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
-import tyro
 from torch import Tensor
 
+from gptlib import GptlibError
 from gptlib.gpt import GPT
-from gptlib.training import LoadedRun, errors_in_one_line, load_run
+from gptlib.tokenizer import Tokenizer
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises ValueError, naming the value, for settings that describe no distribution."""
-    if not 0 < temperature < float("inf"):
-        raise ValueError(
-            f"temperature is {temperature}; it must be above 0 and finite (top_k=1 is greedy)"
-        )
-    if top_k is not None and top_k < 1:
-        raise ValueError(
-            f"top_k is {top_k}; it must be at least 1 (1 is greedy), or None for all tokens"
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(
-            f"top_p is {top_p}; it must be in (0, 1], or None for all tokens"
-        )
+class SamplingError(GptlibError):
+    """Settings that describe no distribution, or tokens that the model cannot read."""
 
 
 def next_token_probs(
@@ -43,25 +29,34 @@ def next_token_probs(
     top_p: float | None = None,
     n_vocab: int | None = None,
 ) -> Tensor:
-    """(B, V) logits -> (B, V) float32 probabilities to draw the next token from; (B, n_vocab) if that is less.
+    """(B, V) logits -> (B, V) float32 probabilities to draw the next token from.
 
-    n_vocab: ids from here on are padding; they are cut off. top_k keeps the k most probable tokens,
-    top_p the fewest that together have at least probability p. Sources: Fan et al. 2018 (top-k),
-    Holtzman et al. 2020 (top-p). Raises ValueError for settings that describe no distribution.
+    temperature: divides the logits; 0 is greedy. top_k: keep the k most probable
+    tokens. top_p: keep the fewest that together have at least probability p.
+    n_vocab: ids from here on are padding and get probability 0. Raises SamplingError
+    for a setting out of range. Sources: Fan et al. 2018 (top-k), Holtzman et al. 2020
+    (top-p).
     """
-    check_sampling(temperature, top_k, top_p)
+    if not 0 <= temperature < math.inf:
+        raise SamplingError(
+            f"temperature is {temperature}; choose 0 (greedy) or a positive number"
+        )
+    if top_k is not None and top_k < 1:
+        raise SamplingError(f"top_k is {top_k}; choose at least 1, or leave it out")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise SamplingError(f"top_p is {top_p}; choose in (0, 1], or leave it out")
     logits = logits.float()
-    if n_vocab is not None and n_vocab < logits.shape[-1]:
-        logits = logits[:, :n_vocab]
-    logits = (
-        logits - logits.amax(-1, keepdim=True)
-    ) / temperature  # the largest is 0, so none overflows
+    if n_vocab is not None:
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= n_vocab
+        logits = logits.masked_fill(padding, -math.inf)
+    if temperature == 0:
+        top_k, temperature = 1, 1.0
+    best = logits.amax(-1, keepdim=True)
+    logits = (logits - best) / temperature  # the largest is 0, so none overflows
     if top_k is None and top_p is None:
         return logits.softmax(-1)
     size = logits.shape[-1]
-    best, ids = logits.topk(
-        min(top_k or size, size), dim=-1
-    )  # sorted, so top_k=1 keeps one even in a tie
+    best, ids = logits.topk(min(top_k or size, size), dim=-1)  # sorted: (B, k)
     kept = best.softmax(-1)
     if top_p is not None:
         before = kept.cumsum(-1) - kept  # probability of the tokens that rank above
@@ -70,33 +65,45 @@ def next_token_probs(
     return torch.zeros_like(logits).scatter(-1, ids, kept)
 
 
-def draw(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """(B, V) probabilities -> (B, 1) ids, each found by one uniform number; a zero is never drawn."""
-    if probs.device.type == "mps":
-        return torch.multinomial(probs, 1, generator=generator)
+def draw(
+    probs: Tensor,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> Tensor:
+    """(B, V) probabilities -> (B, 1) ids, each found by one uniform number.
+
+    generator: one for all rows, or a list with one for each row. A probability of 0 is
+    never drawn.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        sources = [(len(probs), generator)]
+    else:
+        sources = [(1, g) for g in generator]
+    darts = [
+        torch.rand(n, 1, generator=g, dtype=torch.float64, device=g and g.device)
+        for n, g in sources
+    ]
+    if probs.device.type == "mps":  # it has no float64
+        probs = probs.cpu()
     ends = probs.double().cumsum(-1)  # (B, V): where each token's piece ends
-    darts = torch.rand(
-        len(probs), 1, generator=generator, dtype=torch.float64, device=probs.device
-    )
-    ids = torch.searchsorted(ends, darts * ends[:, -1:], right=True)
-    last = torch.searchsorted(
-        ends, ends[:, -1:].contiguous()
-    )  # should rounding ever put the dart on the very end
-    return torch.minimum(ids, last)
+    darts = torch.cat(darts).to(ends.device) * ends[:, -1:]  # (B, 1)
+    ids = torch.searchsorted(ends, darts, right=True)
+    # should rounding put a dart on the very end: the last piece that has a width
+    return torch.minimum(ids, torch.searchsorted(ends, ends[:, -1:].contiguous()))
 
 
 class LayerCache:
-    """Keys and values of one layer, (B, nh, S, hs), in room for `block_size` positions."""
+    """Keys and values of one layer, (B, nh, S, hs), in room for `block_size`."""
 
     def __init__(self, block_size: int):
         self.block_size, self.length = block_size, 0
-        self.k = self.v = None
+        self.k = self.v = torch.empty(0)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of T new positions; returns those of all S so far."""
+        """Append keys and values of T new positions; returns those of all S so far."""
         B, nh, T, hs = k.shape
-        if self.k is None:
-            self.k, self.v = (k.new_empty(B, nh, self.block_size, hs) for _ in range(2))
+        if not self.length:
+            self.k = k.new_empty(B, nh, self.block_size, hs)
+            self.v = torch.empty_like(self.k)
         end = self.length + T
         self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
         self.length = end
@@ -119,8 +126,8 @@ class KVCache:
 def window_start(length: int, block_size: int) -> int:
     """Where the model's context begins in a text of `length` tokens.
 
-    0 while the text fits. Then it moves in jumps of half a block, so that a cache is thrown away
-    once in block_size / 2 tokens instead of for each one.
+    0 while the text fits. Then it moves in jumps of half a block, so that a cache is
+    thrown away once in block_size / 2 tokens instead of for each one.
     """
     jump = max(1, block_size // 2)
     return -(-max(0, length - block_size) // jump) * jump
@@ -132,125 +139,127 @@ def stream(
     tokens: Tensor,
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    n_vocab: int | None = None,
-    generator: torch.Generator | None = None,
+    stop: Sequence[int] = (),
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     use_cache: bool = True,
+    **settings,
 ) -> Iterator[Tensor]:
-    """Yield one (B,) int64 tensor of new tokens after another; arguments as in `generate`."""
-    check_sampling(temperature, top_k, top_p)
+    """Yield one (B,) tensor of new tokens after another; arguments as in `generate`."""
     check_tokens(tokens, model.config.vocab_size)
-    block_size, cache, start = model.config.block_size, None, -1
-    for _ in range(max_new_tokens):
-        moved = window_start(tokens.shape[1], block_size) != start
-        if moved or not use_cache:
-            start = window_start(tokens.shape[1], block_size)
-            cache = KVCache(model) if use_cache else None
-            x = model.hidden(tokens[:, start:], cache)  # (B, T, C)
-        else:
-            x = model.hidden(tokens[:, -1:], cache)  # (B, 1, C)
-        logits = model.head(
-            x[:, -1]
-        )  # (B, V): the last position has read all the others
-        probs = next_token_probs(
-            logits, temperature=temperature, top_k=top_k, top_p=top_p, n_vocab=n_vocab
-        )
-        new = draw(probs, generator)  # (B, 1)
-        tokens = torch.cat([tokens, new], dim=1)
-        yield new[:, 0]
+    was_training = model.training
+    model.eval()  # a model in training mode would drop parts of what it reads
+    ends = torch.tensor(stop, dtype=tokens.dtype, device=tokens.device)
+    stopped = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
+    cache, start = None, -1
+    try:
+        for _ in range(max_new_tokens):
+            begin = window_start(tokens.shape[1], model.config.block_size)
+            if begin != start or not use_cache:
+                start, cache = begin, KVCache(model) if use_cache else None
+                x = model.hidden(tokens[:, start:], cache)  # (B, T, C)
+            else:
+                x = model.hidden(tokens[:, -1:], cache)  # (B, 1, C)
+            logits = model.head(x[:, -1])  # (B, V): the last position has read all
+            new = draw(next_token_probs(logits, **settings), generator)  # (B, 1)
+            new = torch.where(stopped, tokens[:, -1:], new.to(tokens.device))
+            tokens = torch.cat([tokens, new], dim=1)
+            yield new[:, 0]
+            if stop:
+                stopped |= torch.isin(new, ends)
+                if stopped.all():
+                    return
+    finally:
+        model.train(was_training)
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Raises ValueError unless tokens are (B, T), at least one to a row, and all in the vocabulary."""
-    if tokens.ndim != 2 or tokens.shape[1] < 1:
-        raise ValueError(
-            f"tokens have shape {tuple(tokens.shape)}; give (B, T) with T at least 1, an end-of-text mark if nothing else"
+    """Raises SamplingError unless tokens are (B, T), T >= 1, in the vocabulary."""
+    if tokens.ndim != 2 or not tokens.numel():
+        raise SamplingError(
+            f"tokens have shape {tuple(tokens.shape)}; give (B, T) with T at least 1, "
+            "an end-of-text mark if nothing else"
         )
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}; is it another tokenizer's?"
+        raise SamplingError(
+            f"token id {low if low < 0 else high} is outside the vocabulary of "
+            f"{vocab_size}; is it another tokenizer's?"
         )
 
 
-def generate(
-    model: GPT,
-    tokens: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    n_vocab: int | None = None,
-    generator: torch.Generator | None = None,
-    use_cache: bool = True,
-) -> Tensor:
-    """Continue each row of tokens (B, T) by `max_new_tokens` draws; returns (B, T + max_new_tokens).
+def generate(model: GPT, tokens: Tensor, max_new_tokens: int, **options) -> Tensor:
+    """Continue each row of tokens (B, T) by up to `max_new_tokens` draws; (B, T + n).
 
-    top_k=1 is greedy. n_vocab: size of the tokenizer's vocabulary, so that padded ids are never drawn.
-    generator: a seeded `torch.Generator` on the model's device. Only the last block of a long text is
-    read. Raises ValueError for a temperature <= 0, top_k < 1, top_p outside (0, 1] and ids outside the
-    vocabulary.
+    options: temperature, top_k, top_p, n_vocab as in `next_token_probs`; generator as
+    in `draw`; stop: a row that drew one of these ids repeats it, and when all rows have
+    stopped, generation ends; use_cache=False reads the text anew for each token. Only
+    the last block of a long text is read. Raises SamplingError.
     """
-    draws = stream(
-        model, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        n_vocab=n_vocab, generator=generator, use_cache=use_cache,
-    )  # fmt: skip
+    draws = stream(model, tokens, max_new_tokens, **options)
     return torch.cat([tokens, *(new[:, None] for new in draws)], dim=1)
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """Continue a prompt with a trained model."""
-
-    run: Path  # the --out folder of a training run
-    prompt: str = ""  # empty: begin a new document
-    max_new_tokens: int = 200
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None  # None: different every time
-    samples: int = 1
-    device: str = "auto"
+def seeded(seed: int | None) -> torch.Generator:
+    """A generator that begins at `seed`, or somewhere new each time for None."""
+    generator = torch.Generator()
+    generator.manual_seed(generator.seed() if seed is None else seed)
+    return generator
 
 
-def main() -> None:
-    """`python -m gptlib.sampling --run RUN --prompt TEXT`."""
-    options = tyro.cli(SamplingOptions)
-    with errors_in_one_line():
-        check_sampling(options.temperature, options.top_k, options.top_p)
-        run = load_run(options.run, device=options.device)
-        generator = torch.Generator(run.model.device)
-        generator.seed() if options.seed is None else generator.manual_seed(
-            options.seed
-        )
-        for _ in range(options.samples):
-            print_sample(run, options, generator)
+def stream_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str = "",
+    max_new_tokens: int = 200,
+    *,
+    seed: int | None = None,
+    **settings,
+) -> Iterator[str]:
+    """Yield the prompt, then its continuation piece by piece, up to its end-of-text.
 
-
-def print_sample(
-    run: LoadedRun, options: SamplingOptions, generator: torch.Generator
-) -> None:
-    """Write a continuation to standard output as it is drawn; ends at the end-of-text mark."""
-    ids = [run.tokenizer.end_of_text, *run.tokenizer.encode(options.prompt)]
-    tokens = torch.tensor([ids], device=run.model.device)
-    utf8 = codecs.getincrementaldecoder("utf-8")(
-        errors="replace"
-    )  # a token may end inside a character
-    sys.stdout.write(options.prompt)
-    draws = stream(
-        run.model, tokens, options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
-        top_p=options.top_p, n_vocab=run.tokenizer.n_vocab, generator=generator,
-    )  # fmt: skip
-    for new in draws:
-        if new.item() == run.tokenizer.end_of_text:
+    The model reads an end-of-text mark, then the prompt, as at a document's start.
+    settings: temperature, top_k, top_p, use_cache, as in `generate`.
+    """
+    ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    tokens = torch.tensor([ids], device=model.device)
+    settings |= {"n_vocab": tokenizer.n_vocab, "generator": seeded(seed)}
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    yield prompt
+    for new in stream(model, tokens, max_new_tokens, **settings):
+        if new.item() == tokenizer.end_of_text:
             break
-        sys.stdout.write(utf8.decode(run.tokenizer.decode_bytes([new.item()])))
-        sys.stdout.flush()
-    sys.stdout.write(utf8.decode(b"", final=True) + "\n")
+        # a token may end inside a character; the decoder keeps its bytes for the next
+        yield utf8.decode(tokenizer.decode_bytes(new.tolist()))
+    yield utf8.decode(b"", final=True)
 
 
-if __name__ == "__main__":
-    main()
+def sample_texts(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int = 200,
+    *,
+    seed: int | None = None,
+    **settings,
+) -> list[str]:
+    """Each prompt with its continuation, the i-th drawn with `seed + i`.
+
+    Prompts of equal length go through the model together, a row each. Arguments as in
+    `stream_text`.
+    """
+    end, texts = tokenizer.end_of_text, list(prompts)
+    rows = [[end, *tokenizer.encode(prompt)] for prompt in prompts]
+    settings |= {"n_vocab": tokenizer.n_vocab, "stop": [end]}
+    for length in {len(row) for row in rows}:
+        group = [i for i, row in enumerate(rows) if len(row) == length]
+        tokens = torch.tensor([rows[i] for i in group], device=model.device)
+        darts = [seeded(None if seed is None else seed + i) for i in group]
+        found = generate(model, tokens, max_new_tokens, generator=darts, **settings)
+        for i, row in zip(group, found[:, length:].tolist(), strict=True):
+            texts[i] += tokenizer.decode(row[: (row + [end]).index(end)])
+    return texts
+
+
+def sample_text(model: GPT, tokenizer: Tokenizer, *args, **options) -> str:
+    """The prompt and its continuation as one string; arguments as in `stream_text`."""
+    return "".join(stream_text(model, tokenizer, *args, **options))

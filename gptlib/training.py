@@ -8,121 +8,132 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import io
-import json
+import inspect
 import math
-import os
-import re
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from gptlib.batches import Batches, TokenFile, load_tokens, to_device
-from gptlib.corpus import cache_dir
+from gptlib import GptlibError
+from gptlib.batches import Batches, to_device
 from gptlib.gpt import GPT, GPTConfig
-from gptlib.objective import Together, learning_rate, make_adamw, make_muon, trapezoid
-from gptlib.tokenizer import Tokenizer, load_tokenizer
-from gptlib.workshop.checkpoints import (
-    CheckpointError,
-    Checkpoints,
-    RunLock,
-    one_at_a_time,
-    remove_leftovers,
-    write_text,
-)
-from gptlib.workshop.devices import (
-    PRECISIONS,
-    Precision,
-    describe_machine,
-    peak_flops,
-    peak_memory,
-    pick_device,
-    pick_precision,
-)
-from gptlib.workshop.distribution import World, join_world, leave_world
-from gptlib.workshop.watching import LOGGERS, RowWriter, cut_rows, make_logger, watch
+from gptlib.objective import OPTIMIZERS, SCHEDULES, CombinedOptimizer
 
 
-class RunError(ValueError):
-    """A run that cannot be started, resumed or read; the message names the cure."""
+class TrainingError(GptlibError):
+    """A training that cannot start or go on; the message names value and cure."""
 
 
-class NonFiniteError(RuntimeError):
-    """The loss or its gradient is no longer a number; the message names the step and the crops."""
+@dataclass(frozen=True)
+class Precision:
+    """The type that the matrix products run in; weights and optimiser stay fp32."""
+
+    name: str = "fp32"  # or bf16, fp16
+    device_type: str = "cpu"
+    reason: str = "asked for"
+
+    def autocast(self):
+        """Context in which matrix products run in 16 bits; does nothing for fp32."""
+        if self.name == "fp32":
+            return contextlib.nullcontext()
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+        return torch.autocast(self.device_type, dtype=dtype)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss for fp16; passes everything through for the other types."""
+        return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
+
+
+COUNT, SHARE, RATE = (1, 10**8), (0.0, 1.0), (0.0, 10.0)
+
+
+LIMITS = {  # lowest and highest value of each number in a configuration
+    **dict.fromkeys(("steps", "batch_size", "eval_interval", "eval_sequences"), COUNT),
+    **dict.fromkeys(("warmup_fraction", "cooldown_fraction"), SHARE),
+    **dict.fromkeys(("learning_rate", "final_learning_rate", "weight_decay"), RATE),
+    **dict.fromkeys(("beta1", "beta2"), (0.0, 0.99999)),
+    "seed": (0, 2**63 - 1),
+    "decay_fraction": (0.0, 100.0),
+    "grad_clip": (0.0, 1e6),
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All that decides the numbers of a run. The defaults are the report's run, on WikiText-103."""
+    """What decides the numbers of a run. The defaults are the report's run."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
     corpus: str = "wikitext-103"
     tokenizer: str = "gpt2"
+    init: str | None = None  # a run whose weights to start from
     seed: int = 1337
     steps: int = 3400  # sets the schedule; stopping early is --max-steps
     batch_size: int = 480  # sequences per step
+    optimizer: str = "adamw"  # or muon
+    schedule: str = "cosine"  # or trapezoid
     learning_rate: float = 6e-4  # the peak
     final_learning_rate: float = 6e-5
-    warmup_fraction: float = 800 / 3400  # of steps
-    decay_fraction: float = (
-        6000 / 3400
-    )  # of steps; more than 1: stopped on the way down
-    cooldown_fraction: float | None = (
-        None  # of steps; if given, a trapezoid instead of the cosine
-    )
-    optimizer: str = "adamw"  # or muon
+    warmup_fraction: float = 0.2353  # of steps
+    decay_fraction: float = 1.7647  # of steps, cosine; above 1: stopped on the way down
+    cooldown_fraction: float = 0.5  # of steps, trapezoid
     zero_projections: bool = False  # begin with blocks that add nothing
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
-    grad_clip: float = 1.0
+    grad_clip: float = 1.0  # longest gradient; 0: no clipping
     eval_interval: int = 100  # steps
     eval_sequences: int = 240  # crops of the validation split, the same each time
 
-    def rate(self, step: int) -> float:
-        """Learning rate of the 0-based step."""
-        shape = {"peak": self.learning_rate, "final": self.final_learning_rate}
-        shape["warmup_steps"] = round(self.warmup_fraction * self.steps)
-        if self.cooldown_fraction is not None:
-            cooldown = round(self.cooldown_fraction * self.steps)
-            return trapezoid(step, steps=self.steps, cooldown_steps=cooldown, **shape)
-        return learning_rate(
-            step, decay_steps=max(1, round(self.decay_fraction * self.steps)), **shape
-        )
+    def __post_init__(self):
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            fits = isinstance(value, int | float) and low <= value <= high
+            if not fits or type(low)(value) != value:
+                kind = "a whole number" if isinstance(low, int) else "a number"
+                raise TrainingError(
+                    f"{name} is {value}; it must be {kind} from {low} to {high:g}"
+                )
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if (value := getattr(self, name)) not in known:
+                there = ", ".join(known)
+                raise TrainingError(f"unknown {name} {value!r}; there are {there}")
 
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.model.block_size
 
+    def spans(self) -> dict[str, int]:
+        """The lengths, in steps, that this configuration's schedule asks for."""
+        spans = {"steps": self.steps}
+        for name in ("warmup", "decay", "cooldown"):
+            fraction = getattr(self, f"{name}_fraction")
+            spans[f"{name}_steps"] = round(fraction * self.steps)
+        wanted = inspect.signature(SCHEDULES[self.schedule]).parameters
+        return {name: n for name, n in spans.items() if name in wanted}
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the 0-based step."""
+        peak, final = self.learning_rate, self.final_learning_rate
+        return SCHEDULES[self.schedule](step, peak=peak, final=final, **self.spans())
+
     @classmethod
     def from_dict(cls, values: dict) -> "TrainConfig":
-        """The inverse of `dataclasses.asdict`; what an older version did not know gets its default."""
-        return cls(**{**values, "model": GPTConfig(**values["model"])})
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "eval_interval", "eval_sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be at least 1"
-                )
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must not be negative")
-        if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(
-                f"unknown optimizer {self.optimizer!r}; there are adamw, muon"
+        """The inverse of `dataclasses.asdict`; reads what older versions wrote."""
+        values = {**values, "model": GPTConfig(**values["model"])}
+        if "schedule" not in values:  # once a cool-down of None meant the cosine
+            cooldown = values.pop("cooldown_fraction", None)
+            values["schedule"] = "cosine" if cooldown is None else "trapezoid"
+            if cooldown is not None:
+                values["cooldown_fraction"] = cooldown
+        unknown = values.keys() - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise TrainingError(
+                f"unknown setting {', '.join(sorted(unknown))}; "
+                "the run is of a newer gptlib, read it with that one"
             )
-        if self.cooldown_fraction is not None and not 0 < self.cooldown_fraction <= 1:
-            raise ValueError(
-                f"cooldown_fraction is {self.cooldown_fraction}; it must be in (0, 1]"
-            )
+        return cls(**values)
 
 
 PRESETS = {
@@ -145,6 +156,7 @@ PRESETS = {
     "tinytiny-fast": TrainConfig(
         steps=1700,
         optimizer="muon",
+        schedule="trapezoid",
         learning_rate=3e-3,
         final_learning_rate=0.0,
         warmup_fraction=0.05,
@@ -160,54 +172,24 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """How and where a run is carried out; none of this is meant to change its numbers."""
+def fresh_model(config: TrainConfig) -> GPT:
+    """The model before its first step, a function of the configuration alone."""
+    torch.manual_seed(config.seed)
+    model = GPT(config.model)
+    if config.zero_projections:  # every block begins as the identity; Zhang et al. 2019
+        for name, p in model.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.zeros_(p)
+    return model
 
-    out: Path  # folder of the run
-    device: str = "auto"
-    precision: str = "auto"
-    micro_batch_size: int = 12  # most sequences per forward pass; bounds the memory
-    max_steps: int | None = None  # stop this leg after so many steps
-    max_minutes: float | None = None  # stop this leg after so many minutes
-    save_minutes: float = (
-        10.0  # between checkpoints; one is also saved at every evaluation
+
+def optimizer_of(
+    model: GPT, config: TrainConfig
+) -> torch.optim.Optimizer | CombinedOptimizer:
+    """The optimiser of a configuration; each step sets its rate."""
+    return OPTIMIZERS[config.optimizer](
+        model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2)
     )
-    keep: int = 2  # checkpoints kept besides the best
-    log: str = "none"  # or tensorboard, wandb
-    deterministic: bool = False  # deterministic CUDA kernels; the CPU's are anyway
-    progress: bool = True
-
-    def __post_init__(self):
-        for name in ("micro_batch_size", "max_steps", "keep"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        for name, known in (("log", LOGGERS), ("precision", PRECISIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"unknown {name} {getattr(self, name)!r}; there are {', '.join(known)}"
-                )
-
-
-def fit_micro_batch(batch_size: int, limit: int, world_size: int = 1) -> int:
-    """The largest micro-batch up to `limit` that divides a process's share of the batch evenly.
-
-    Raises RunError if the processes cannot share the batch evenly.
-    """
-    share = check_division(batch_size, 1, world_size)
-    return max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
-
-
-def check_division(batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Micro-batches per process and step. Raises RunError if the batch does not divide evenly."""
-    n_micro, rest = divmod(batch_size, micro_batch_size * world_size)
-    if rest or not n_micro:
-        raise RunError(
-            f"batch_size {batch_size} is not a multiple of micro_batch_size {micro_batch_size} times "
-            f"{world_size} process(es); choose a batch_size or a micro_batch_size that divides evenly"
-        )
-    return n_micro
 
 
 @dataclass
@@ -215,8 +197,8 @@ class TrainState:
     """Everything that a step changes, and so everything that a checkpoint holds."""
 
     model: GPT
-    optimizer: torch.optim.Optimizer | Together
-    scaler: torch.amp.GradScaler
+    optimizer: torch.optim.Optimizer | CombinedOptimizer
+    precision: Precision = Precision()
     step: int = 0  # steps done; also the position in the data
     best: float = math.inf  # lowest validation loss so far
     best_step: int = 0
@@ -224,32 +206,70 @@ class TrainState:
     skipped_in_a_row: int = 0
 
     COUNTERS = ("step", "best", "best_step", "skipped", "skipped_in_a_row")
+    PARTS = ("model", "optimizer", "scaler")
+
+    def __post_init__(self):
+        self.scaler = self.precision.scaler()
 
     def state_dict(self) -> dict:
-        state = {
-            name: getattr(self, name).state_dict()
-            for name in ("model", "optimizer", "scaler")
-        }
-        return state | {name: getattr(self, name) for name in self.COUNTERS}
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return parts | {name: getattr(self, name) for name in self.COUNTERS}
 
     def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty when the run was not fp16
-            self.scaler.load_state_dict(state["scaler"])
+        for name in self.PARTS:
+            if state[name]:  # the scaler's is empty unless the run is fp16
+                getattr(self, name).load_state_dict(state[name])
         for name in self.COUNTERS:
             setattr(self, name, state[name])
 
 
-def seed_dropout(config: TrainConfig, step: int, micro_batch: int, rank: int) -> None:
-    """Make dropout a function of where we are, so that a resumed run drops what the first one would have."""
-    if config.model.dropout:
-        key = f"{config.seed} {step} {micro_batch} {rank}".encode()
-        torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+def check_finite(state: TrainState, row: dict) -> None:
+    """Raises TrainingError if the loss or the gradient's norm is not a number.
+
+    In fp16 the scaler skips a step with an infinite gradient, so it is counted, and the
+    row's norm becomes None; more than MAX_SKIPPED_IN_A_ROW are an error too.
+    """
+    loss, norm = row["loss"], row["grad_norm"]
+    if math.isfinite(loss) and math.isfinite(norm):
+        state.skipped_in_a_row = 0
+        return
+    state.skipped_in_a_row += 1
+    if state.scaler.is_enabled() and math.isfinite(loss):
+        state.skipped += 1
+        row["grad_norm"] = None  # JSON has no infinity
+        if state.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
+            return
+    raise TrainingError(
+        f"step {state.step + 1}: loss {loss}, gradient's norm {norm}, "
+        f"{state.skipped_in_a_row} in a row; no weight was changed; begin another run "
+        "with a lower learning rate, or with --precision fp32"
+    )
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train one model together: by default this one alone."""
+
+    rank: int = 0
+    size: int = 1
+
+    def accumulate(self, module: nn.Module, last: bool):
+        """Context of one micro-batch; `last` says whether it ends the step."""
+        return contextlib.nullcontext()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over the processes."""
+        return value
+
+
+ALONE = World()
 
 
 class WithLoss(nn.Module):
-    """A model and its loss function as one module, so that whatever wraps it sees the whole computation."""
+    """A model and its loss function as one module: (tokens, targets) -> loss."""
 
     def __init__(self, model: GPT, loss_fn: Callable[[GPT, Tensor, Tensor], Tensor]):
         super().__init__()
@@ -264,55 +284,62 @@ def plain_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     return model(tokens, targets)[1]
 
 
-def fresh_model(config: TrainConfig) -> GPT:
-    """The model of a run before its first step, a function of the configuration alone."""
-    torch.manual_seed(config.seed)
-    model = GPT(config.model)
-    if (
-        config.zero_projections
-    ):  # then every block is the identity at first; Zhang et al. 2019
-        for name, p in model.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.zeros_(p)
-    return model
+def seed_dropout(config: TrainConfig, step: int, micro_batch: int, rank: int) -> None:
+    """Make the dropout masks a function of the place in the run."""
+    if config.model.dropout:
+        key = f"{config.seed} {step} {micro_batch} {rank}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
 
 
-def optimizer_of(model: GPT, config: TrainConfig) -> torch.optim.Optimizer | Together:
-    """The optimiser that a configuration asks for; `train` gives it its rate before every step."""
-    make = {"adamw": make_adamw, "muon": make_muon}[config.optimizer]
-    return make(
-        model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2)
-    )
+def training_step(
+    state: TrainState,
+    module: nn.Module,
+    micro_batches: Sequence[tuple[Tensor, Tensor]],
+    config: TrainConfig,
+    *,
+    world: World = ALONE,
+) -> dict:
+    """One step of the optimiser on the mean loss of the micro-batches.
 
-
-MAX_SKIPPED_IN_A_ROW = 20
-
-
-def check_finite(state: TrainState, row: dict, batches: Batches) -> None:
-    """Stop a run whose numbers went wrong, before the optimiser spreads them to the weights.
-
-    In fp16 an infinite gradient is counted and passed on, since the scaler skips its step; the row then
-    has None for its norm. Raises NonFiniteError for anything else, and for more than
-    MAX_SKIPPED_IN_A_ROW such steps in a row.
+    module: gives the loss of (tokens, targets), both (B, T) int64. Returns the numbers
+    of the step. Raises TrainingError, with the weights as they were, if the loss is not
+    finite.
     """
-    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
-        state.skipped_in_a_row = 0
-        return
-    where = (
-        f"step {state.step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}"
-    )
-    if state.scaler.is_enabled() and math.isfinite(row["loss"]):
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        row["grad_norm"] = None  # JSON has no infinity
-        if state.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
-            return
-        where += f"; {state.skipped_in_a_row} steps skipped in a row"
-    offsets = ", ".join(str(o) for o in batches.offsets(state.step)[:8])
-    raise NonFiniteError(
-        f"{where}; the crops begin at tokens {offsets}, ...; the last checkpoint is whole: "
-        "with another --out, lower the learning rate or use --precision fp32"
-    )
+    rate, n, device = config.rate(state.step), len(micro_batches), state.model.device
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    loss = torch.zeros((), device=device)
+    for i, (x, y) in enumerate(to_device(micro_batches, device)):
+        seed_dropout(config, state.step, i, world.rank)
+        with world.accumulate(module, last=i == n - 1):
+            with state.precision.autocast():
+                part = module(x, y) / n  # mean over the step, not over the micro-batch
+            state.scaler.scale(part).backward()
+        loss += part.detach()
+    state.scaler.unscale_(state.optimizer)  # the clip must see true gradients
+    limit = config.grad_clip or math.inf
+    norm = nn.utils.clip_grad_norm_(list(state.model.parameters()), limit)
+    row = {"step": state.step + 1, "loss": world.mean(loss).item()}
+    row |= {"grad_norm": norm.item(), "learning_rate": rate}
+    check_finite(state, row)
+    if state.scaler.is_enabled():
+        row |= {"scale": state.scaler.get_scale(), "skipped": state.skipped}
+    state.scaler.step(state.optimizer)  # skips itself if a gradient is not finite
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    return row
+
+
+def fit_micro_batch(batch_size: int, limit: int, processes: int = 1) -> int:
+    """The largest micro-batch up to `limit` that divides each process's share."""
+    share, rest = divmod(batch_size, processes)
+    if rest or not share:
+        raise TrainingError(
+            f"batch_size {batch_size} is not a multiple of {processes}, the number of "
+            "processes; choose one that is"
+        )
+    return max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
 
 
 def train(
@@ -321,51 +348,25 @@ def train(
     batches: Batches,
     config: TrainConfig,
     *,
-    precision: Precision,
     micro_batch_size: int,
-    on_step: Callable[[dict], bool],
-    world: World = World(),  # noqa: B008 (frozen)
+    on_step: Callable[[dict], bool] = lambda row: False,
+    world: World = ALONE,
 ) -> None:
-    """Train until `config.steps`, or until `on_step(row)` returns True. `module` gives the loss of (tokens, targets)."""
-    n_micro = check_division(config.batch_size, micro_batch_size, world.size)
-    device, parameters = state.model.device, list(state.model.parameters())
+    """Train until `config.steps`, or until `on_step(row)` returns True.
+
+    micro_batch_size: most sequences per forward pass; equal ones are made.
+    """
+    size = fit_micro_batch(config.batch_size, micro_batch_size, world.size)
     state.model.train()
     stop = False
     while state.step < config.steps and not stop:
-        rate = config.rate(state.step)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        loss = torch.zeros((), device=device)
-        micro_batches = batches.micro_batches(
-            state.step, micro_batch_size, world.rank, world.size
-        )
-        for i, (x, y) in enumerate(to_device(micro_batches, device)):
-            seed_dropout(config, state.step, i, world.rank)
-            with world.accumulate(module, last=i == n_micro - 1):
-                with precision.autocast():
-                    part = (
-                        module(x, y) / n_micro
-                    )  # mean over the step, not over the micro-batch
-                state.scaler.scale(part).backward()
-            loss += part.detach()
-        state.scaler.unscale_(state.optimizer)  # the clip must see true gradients
-        norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-        row = {
-            "loss": world.mean(loss).item(),
-            "grad_norm": norm.item(),
-            "learning_rate": rate,
-        }
-        row["scale"] = state.scaler.get_scale()
-        if state.scaler.is_enabled():
-            row["skipped"] = state.skipped
-        check_finite(state, row, batches)
-        state.scaler.step(
-            state.optimizer
-        )  # skipped by itself if a gradient is not finite
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.step += 1
-        stop = on_step({"step": state.step} | row)
+        share = batches.micro_batches(state.step, size, world.rank, world.size)
+        try:
+            row = training_step(state, module, list(share), config, world=world)
+        except TrainingError as error:
+            crops = ", ".join(str(o) for o in batches.offsets(state.step)[:8])
+            raise TrainingError(f"{error}; its crops begin at {crops}") from None
+        stop = on_step(row)
 
 
 EVAL_STEP = 2**63  # a key that no training step has
@@ -375,548 +376,13 @@ EVAL_STEP = 2**63  # a key that no training step has
 def validation_loss(
     module: nn.Module, batches: Batches, precision: Precision, micro_batch_size: int
 ) -> float:
-    """Mean loss over one fixed set of crops, `batches.batch_size` of them. Draws from no training stream."""
+    """Mean loss of `batches.batch_size` crops, the same ones at every call."""
     device = next(module.parameters()).device
     was_training = module.training
     module.eval()
     total = torch.zeros((), device=device)
     for x, y in to_device(batches.micro_batches(EVAL_STEP, micro_batch_size), device):
         with precision.autocast():
-            total += module(x, y) * len(x)
+            total += module(x, y) * len(x)  # the last micro-batch may be smaller
     module.train(was_training)
     return (total / batches.batch_size).item()
-
-
-class Terminal:
-    """Standard error, which nobody may be left to read: Ctrl-C ends a `| tee log` too."""
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(sys.stderr, name)
-
-
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one ends the process as usual."""
-
-    def __init__(self):
-        self.signal: int | None = None
-        self.before: dict = {}
-
-    def __enter__(self) -> "StopRequest":
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # other threads hear no signals
-            self.before = {
-                s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)
-            }
-        return self
-
-    def note(self, number, frame) -> None:
-        self.signal = number
-        self.restore()
-        with contextlib.suppress(
-            OSError
-        ):  # os.write, since a signal may come in the middle of a print
-            os.write(2, b"\nstopping after this step; signal again to leave at once\n")
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-    def __exit__(self, *error) -> None:
-        self.restore()
-
-
-def open_run(
-    config: TrainConfig, out: Path, tokenizer: Tokenizer, tokens: TokenFile, found: dict
-) -> dict:
-    """Write `run.json` and `tokenizer.json` for a new run, or check those of an old one. Returns the record.
-
-    Raises RunError if the folder holds a run of another configuration, tokenizer or data.
-    """
-    path = Path(out) / "run.json"
-    new = {
-        "config": dataclasses.asdict(config),
-        "machine": found,
-        "tokenizer_hash": tokenizer.hash,
-        "data": {
-            split: record["sha256"]
-            for split, record in tokens.manifest["splits"].items()
-        },
-    }
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        compare_records(old, new, Path(out))
-        return old
-    first_moment = (
-        "lock",
-        "tokenizer.json",
-        ".tokenizer.json",
-        "run.json.tmp-",
-    )  # all that a kill can leave
-    if Path(out).exists() and not all(
-        p.name.startswith(first_moment) for p in Path(out).iterdir()
-    ):
-        raise RunError(f"{out} is not empty and holds no run; choose another --out")
-    tokenizer.save(Path(out) / "tokenizer.json")
-    write_text(
-        path, json.dumps(new, indent=1) + "\n"
-    )  # last: where it is, the folder is a run
-    return new
-
-
-def compare_records(old: dict, new: dict, out: Path) -> None:
-    """Raises RunError if two `run.json` are of different runs; says so if only the machine differs."""
-    before = flat(dataclasses.asdict(TrainConfig.from_dict(old["config"])))
-    now = flat(new["config"])
-    for key in now:
-        if before.get(key) != now[key]:
-            raise RunError(
-                f"{out} holds a run with {key} = {before.get(key)}, not {now[key]}; choose another --out or delete it"
-            )
-    for key, what in (("tokenizer_hash", "tokenizer"), ("data", "data")):
-        if old[key] != new[key]:
-            raise RunError(
-                f"{out} was trained with another {what} under the same name; choose another --out"
-            )
-    was, found = old["machine"], new["machine"]
-    changed = [
-        f"{key} {was.get(key)} -> {value}"
-        for key, value in found.items()
-        if was.get(key) != value
-    ]
-    if changed:
-        print(
-            f"resuming on a changed machine ({'; '.join(changed)}): not bit for bit the same run",
-            file=sys.stderr,
-        )
-
-
-def flat(values: dict, prefix: str = "") -> dict:
-    """A nested dictionary with dotted keys."""
-    items = {}
-    for key, value in values.items():
-        items |= (
-            flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {prefix + key: value}
-        )
-    return items
-
-
-def settle_precision(out: Path, name: str, device: torch.device) -> Precision:
-    """The run's own precision if it has begun, so that a second measurement cannot change its numbers."""
-    path = out / "run.json"
-    if name == "auto" and path.exists():
-        name = json.loads(path.read_text(encoding="utf-8"))["machine"].get(
-            "precision", name
-        )
-    return pick_precision(device, name)
-
-
-def open_data(
-    config: TrainConfig, *, progress: bool
-) -> tuple[Tokenizer, TokenFile, Batches, Batches]:
-    """Tokenizer, tokens, training batches and evaluation batches of a configuration."""
-    tokenizer = load_tokenizer(config.tokenizer)
-    if tokenizer.n_vocab > config.model.vocab_size:
-        raise RunError(
-            f"the tokenizer has {tokenizer.n_vocab} ids, the model room for {config.model.vocab_size}; raise vocab_size"
-        )
-    tokens = load_tokens(config.corpus, tokenizer, progress=progress)
-    held_out = "validation" if "validation" in tokens.manifest["splits"] else "train"
-    block, seed = config.model.block_size, config.seed
-    train = Batches(tokens.split("train").ids, config.batch_size, block, seed)
-    return (
-        tokenizer,
-        tokens,
-        train,
-        Batches(tokens.split(held_out).ids, config.eval_sequences, block, seed),
-    )
-
-
-def name_of(loss_fn: Callable) -> str:
-    """What `run.json` says of a loss: a function's name, or what an object that is called says of itself."""
-    return getattr(loss_fn, "__name__", None) or str(loss_fn)
-
-
-class Opened:
-    """A run that is opened and brought to where it stands: what a leg works with."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        options: RunOptions,
-        world: World,
-        device: torch.device,
-    ):
-        self.config, self.options, self.world, self.device = (
-            config,
-            options,
-            world,
-            device,
-        )
-        self.out = Path(options.out)
-        self.micro_batch_size = fit_micro_batch(
-            config.batch_size, options.micro_batch_size, world.size
-        )
-        self.tokenizer, self.tokens, self.batches, self.eval_batches = open_data(
-            config, progress=options.progress and world.is_main
-        )
-        self.precision = settle_precision(self.out, options.precision, device)
-        self.checkpoints = Checkpoints(
-            self.out / "checkpoints", options.keep, say=self.say
-        )
-
-    def take_up(self, loss_fn: Callable) -> None:
-        """Build the state, and load the newest whole checkpoint into it if there is one."""
-        if self.world.is_main:
-            machine = describe_machine(self.device) | {
-                "precision": self.precision.name,
-                "processes": self.world.size,
-            }
-            machine |= {
-                "micro_batch_size": self.micro_batch_size,
-                "loss": name_of(loss_fn),
-            }
-            open_run(self.config, self.out, self.tokenizer, self.tokens, machine)
-            remove_leftovers(self.out)
-            self.world.wait()
-        model = fresh_model(self.config).to(self.device)
-        self.state = TrainState(
-            model, optimizer_of(model, self.config), self.precision.scaler()
-        )
-        self.module = WithLoss(model, loss_fn)
-        newest = self.checkpoints.load_newest()
-        if newest:
-            self.state.load_state_dict(newest[1])
-        if self.world.is_main:
-            for name in (
-                "metrics.jsonl",
-                "timings.jsonl",
-            ):  # what was written after the checkpoint is done again
-                cut_rows(self.out / name, self.state.step if newest else -1)
-
-    def say(self, text: str) -> None:
-        if self.world.is_main:
-            print(text, file=Terminal(), flush=True)
-
-
-class Leg(Opened):
-    """One stretch of a run, from where it stands to its end, a limit or a signal."""
-
-    def run(self) -> None:
-        config, options = self.config, self.options
-        if self.state.step >= config.steps:
-            return self.say(
-                f"{self.out} is finished: {self.state.step} steps; nothing to do"
-            )
-        self.say(
-            f"{self.device.type}, {self.precision.name} ({self.precision.reason}), from step {self.state.step}"
-        )
-        module, self.clock = self.world.wrap(self.module), Clock(options)
-        with Journal(self) as self.journal, StopRequest() as self.request:
-            if self.state.step == 0:
-                self.evaluate()
-            train(
-                self.state, module, self.batches, config, precision=self.precision,
-                micro_batch_size=self.micro_batch_size, on_step=self.after_step, world=self.world,
-            )  # fmt: skip
-        if self.state.step < config.steps:
-            self.say(
-                f"stopped at step {self.state.step} of {config.steps}, all of it saved; the same command goes on from here"
-            )
-
-    def after_step(self, row: dict) -> bool:
-        """Write the row, evaluate and save when it is time; returns whether this leg ends here."""
-        self.journal.step(row, self.clock.step())
-        ends = self.state.step == self.config.steps
-        if ends or self.state.step % self.config.eval_interval == 0:
-            self.evaluate()
-        stop = self.world.any(
-            self.clock.leg_is_over() or self.request.signal is not None, self.device
-        )
-        if (
-            ends
-            or stop
-            or self.state.step % self.config.eval_interval == 0
-            or self.clock.save_is_due()
-        ):
-            self.save()
-        return stop
-
-    def evaluate(self) -> None:
-        if self.world.is_main:
-            loss = validation_loss(
-                self.module, self.eval_batches, self.precision, self.micro_batch_size
-            )
-            if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"step {self.state.step}: validation loss {loss}; the last checkpoint is whole"
-                )
-            if loss < self.state.best:
-                self.state.best, self.state.best_step = loss, self.state.step
-            self.journal.evaluation({"step": self.state.step, "validation_loss": loss})
-        self.clock.restart_step()
-
-    def save(self) -> None:
-        began = time.perf_counter()
-        if self.world.is_main:
-            self.journal.sync()  # rows reach the disk before the checkpoint that vouches for them
-            self.checkpoints.save(
-                self.state.step, self.state.state_dict(), best=self.state.best_step
-            )
-            self.journal.timings.write(
-                {"step": self.state.step, "save_seconds": time.perf_counter() - began}
-            )
-        self.clock.saved()
-
-
-class Clock:
-    """Tells a leg how long a step took, when to save and when to end."""
-
-    def __init__(self, options: RunOptions):
-        self.options, self.steps = options, 0
-        self.began = self.last_step = self.last_save = time.perf_counter()
-
-    def step(self) -> float:
-        """Seconds since the last step ended."""
-        seconds = time.perf_counter() - self.last_step
-        self.steps += 1
-        self.restart_step()
-        return seconds
-
-    def restart_step(self) -> None:
-        """The next step is timed from here."""
-        self.last_step = time.perf_counter()
-
-    def saved(self) -> None:
-        self.last_save = self.last_step = time.perf_counter()
-
-    def save_is_due(self) -> bool:
-        return time.perf_counter() - self.last_save >= 60 * self.options.save_minutes
-
-    def leg_is_over(self) -> bool:
-        steps, minutes = self.options.max_steps, self.options.max_minutes
-        late = minutes is not None and time.perf_counter() - self.began >= 60 * minutes
-        return late or (steps is not None and self.steps >= steps)
-
-
-class Journal:
-    """What a leg writes besides checkpoints: `metrics.jsonl` (exact), `timings.jsonl` (measured), the progress bar."""
-
-    def __init__(self, leg: Leg):
-        self.leg, self.active, self.progress = (
-            leg,
-            leg.world.is_main,
-            leg.options.progress,
-        )
-        peak = peak_flops(
-            leg.device, leg.precision.name
-        )  # of one device, or None where it is not known
-        flops = leg.state.model.flops_per_token() * leg.config.tokens_per_step
-        self.ideal_seconds = flops / peak / leg.world.size if peak else None
-
-    def __enter__(self) -> "Journal":
-        if self.active:
-            out, config = self.leg.out, self.leg.config
-            self.metrics, self.timings = (
-                RowWriter(out / "metrics.jsonl"),
-                RowWriter(out / "timings.jsonl"),
-            )
-            self.logger = make_logger(
-                self.leg.options.log,
-                out,
-                dataclasses.asdict(config),
-                self.leg.state.step,
-            )
-            first, hidden = self.leg.state.step, not self.progress
-            self.bar = tqdm(
-                total=config.steps,
-                initial=first,
-                unit="step",
-                disable=hidden,
-                file=Terminal(),
-            )
-        return self
-
-    def step(self, row: dict, seconds: float) -> None:
-        if not self.active:
-            return
-        rate = self.leg.config.tokens_per_step / seconds
-        timing = {
-            "step": row["step"],
-            "seconds_per_step": seconds,
-            "tokens_per_second": rate,
-        }
-        if self.ideal_seconds:
-            timing["mfu"] = self.ideal_seconds / seconds
-        timing["peak_bytes"] = peak_memory(self.leg.device)
-        self.metrics.write(row)
-        self.timings.write(timing)
-        self.logger.log(row | timing, row["step"])
-        self.bar.update()
-        self.bar.set_postfix_str(
-            f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False
-        )
-
-    def evaluation(self, row: dict) -> None:
-        self.metrics.write(row)
-        self.logger.log(row, row["step"])
-        if self.progress:
-            self.bar.write(
-                f"step {row['step']}: validation loss {row['validation_loss']:.4f}",
-                file=Terminal(),
-            )
-
-    def sync(self) -> None:
-        """Return when all rows are on the disk."""
-        self.metrics.sync()
-        self.timings.sync()
-
-    def __exit__(self, *error) -> None:
-        if self.active:
-            for thing in (self.metrics, self.timings, self.logger, self.bar):
-                thing.close()
-
-
-@dataclass(frozen=True)
-class LoadedRun:
-    """A trained model with all that is needed to use it."""
-
-    path: Path
-    model: GPT
-    tokenizer: Tokenizer
-    config: TrainConfig
-    step: int
-
-
-def load_run(
-    path: Path | str, *, which: str = "best", device: str = "cpu"
-) -> LoadedRun:
-    """The model of a run: its `best` checkpoint (by validation loss) or its `last`.
-
-    A damaged checkpoint is reported and the newest whole one taken instead. Raises RunError for a
-    folder that holds no run or no checkpoint yet, CheckpointError if no checkpoint is whole.
-    """
-    path = Path(path)
-    if which not in ("best", "last"):
-        raise RunError(f"which is {which!r}; it must be best or last")
-    if not (path / "run.json").exists():
-        raise RunError(
-            f"{path}: no run there (no run.json); give the --out folder of a training run"
-        )
-    record = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    config = TrainConfig.from_dict(record["config"])
-    tokenizer = Tokenizer.load(path / "tokenizer.json")
-    if tokenizer.hash != record["tokenizer_hash"]:
-        raise RunError(
-            f"{path}: tokenizer.json is not the tokenizer that the run was trained with; restore it"
-        )
-    checkpoints = Checkpoints(
-        path / "checkpoints", say=lambda text: print(text, file=sys.stderr)
-    )
-    found = (
-        checkpoints.load_best() if which == "best" else None
-    ) or checkpoints.load_newest()
-    if found is None:
-        raise RunError(f"{path}: no checkpoint yet; let the run reach its first one")
-    model = GPT(config.model)
-    model.load_state_dict(found[1]["model"])
-    return LoadedRun(
-        path, model.to(pick_device(device)).eval(), tokenizer, config, found[0]
-    )
-
-
-def run_training(
-    config: TrainConfig,
-    options: RunOptions,
-    *,
-    loss_fn: Callable[[GPT, Tensor, Tensor], Tensor] = plain_loss,
-) -> LoadedRun | None:
-    """Start or resume the run in `options.out` and carry it on to its end, or to the end of this leg.
-
-    Returns the run as it stands (None in processes other than the first). Raises RunError,
-    CorpusError, TokenizerError, TokenFileError, CheckpointError, DeviceError, NonFiniteError.
-    """
-    world, device = join_world(pick_device(options.device))
-    if options.deterministic:
-        make_deterministic()
-    try:
-        with RunLock(options.out) if world.is_main else contextlib.nullcontext():
-            if not world.is_main:
-                world.wait()  # the main process fills the caches first
-            leg = Leg(config, options, world, device)
-            leg.take_up(loss_fn)
-            leg.run()
-        return load_run(options.out, which="last") if world.is_main else None
-    finally:
-        leave_world()
-
-
-def make_deterministic() -> None:
-    """Deterministic kernels on CUDA, at some cost in speed; call it before the first computation there."""
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # cuBLAS reads it when it starts
-    torch.use_deterministic_algorithms(True)
-
-
-def small_run() -> LoadedRun:
-    """A model trained on TinyWiki for under a minute, once; afterwards it comes from the cache.
-
-    The cache is keyed by its configuration and by gptlib's sources, so it can never be out of date.
-    """
-    config = dataclasses.replace(PRESETS["demo"], steps=450, eval_interval=225)
-    digest = hashlib.sha256(repr(config).encode())
-    for source in sorted(
-        Path(sys.modules[GPT.__module__].__file__).parent.glob("*.py")
-    ):
-        digest.update(source.read_bytes())
-    out = cache_dir() / "small_runs" / digest.hexdigest()[:16]
-    options = RunOptions(out=out, precision="fp32", micro_batch_size=16, progress=False)
-    with (
-        one_at_a_time(out.with_suffix(".lock")),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        return run_training(config, options)
-
-
-OUT_OF_MEMORY = re.compile(
-    "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
-)
-
-
-@contextlib.contextmanager
-def errors_in_one_line():
-    """For command lines: what a user can mend ends the program with one line instead of a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError, CheckpointError, NonFiniteError) as error:
-        sys.exit(f"gptlib: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
-            raise
-        sys.exit(
-            "gptlib: out of memory; halve --micro-batch-size (the tokens per step stay the same); "
-            "if it is 1 already, the model or its block_size is too large for this device"
-        )
-
-
-def main() -> None:
-    """`python -m gptlib.training watch RUN`: follow a run that another process trains."""
-    if len(sys.argv) != 3 or sys.argv[1] != "watch":
-        sys.exit("usage: python -m gptlib.training watch RUN")
-    with errors_in_one_line(), contextlib.suppress(KeyboardInterrupt):
-        watch(Path(sys.argv[2]))
-
-
-if __name__ == "__main__":
-    main()

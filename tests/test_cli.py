@@ -9,6 +9,7 @@ import pytest
 
 from gptlib.tokenizer import Tokenizer, train_bpe
 
+
 SHAPE = [
     "--model.n-layer",
     "1",
@@ -31,16 +32,18 @@ def place(tmp_path_factory):
     (folder / "text.txt").write_text("".join(lines))
     (folder / "short.txt").write_text("too short")
     (folder / "bad.txt").write_bytes(b"bad \xff\n" * 100)
-    Tokenizer.from_merges(train_bpe(lines, 300), "small").save(folder / "tokenizer.json")
+    Tokenizer.from_merges(train_bpe(lines, 300), "small").save(
+        folder / "tokenizer.json"
+    )
     done = pretrain(folder, "--out", "run")
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def command(folder, module, *arguments):
+def command(folder, name, *arguments):
     env = os.environ | {"GPTLIB_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", f"gptlib.{module}", *arguments],
+        [sys.executable, "-m", "gptlib.workshop.command", name, *arguments],
         cwd=folder,
         env=env,
         capture_output=True,
@@ -68,7 +71,14 @@ def pretrain(folder, *arguments, corpus="text.txt", tokenizer="tokenizer.json"):
         "4",
     ]
     return command(
-        folder, "pretraining", *fixed, *SHAPE, "--precision", "fp32", "--no-progress", *arguments
+        folder,
+        "pretrain",
+        *fixed,
+        *SHAPE,
+        "--precision",
+        "fp32",
+        "--no-progress",
+        *arguments,
     )
 
 
@@ -88,7 +98,7 @@ def test_a_finished_run_says_so(place):
 def test_sampling_and_evaluation(place):
     sample = command(
         place,
-        "sampling",
+        "sample",
         "--run",
         "run",
         "--prompt",
@@ -100,7 +110,7 @@ def test_sampling_and_evaluation(place):
     )
     again = command(
         place,
-        "sampling",
+        "sample",
         "--run",
         "run",
         "--prompt",
@@ -116,9 +126,18 @@ def test_sampling_and_evaluation(place):
         and sample.stdout == again.stdout
     )
     done = command(
-        place, "evaluation", "--run", "run", "--corpus", "text.txt", "--out", "result.json"
+        place,
+        "evaluate",
+        "--run",
+        "run",
+        "--corpus",
+        "text.txt",
+        "--out",
+        "result.json",
     )
-    assert "nats per token" in done.stdout and "bits per byte" in done.stdout, done.stderr
+    assert "nats per token" in done.stdout and "bits per byte" in done.stdout, (
+        done.stderr
+    )
     assert json.loads((place / "result.json").read_text())["split"] == "validation"
 
 
@@ -137,23 +156,33 @@ def test_bad_data(place, options, parts):
 
 def test_bad_configuration(place):
     one_line(
-        command(place, "pretraining", "--preset", "huge", "--out", "x"),
+        command(place, "pretrain", "--preset", "huge", "--out", "x"),
         "unknown preset 'huge'",
         "demo",
     )
-    one_line(pretrain(place, "--out", "run", "--seed", "7"), "seed = 1337, not 7", "another --out")
-    done = pretrain(place, "--out", "x", "--model.n-head", "3")  # found while the options are read
-    assert done.returncode == 2 and "n_embd 16 is not divisible by n_head 3" in done.stderr
+    one_line(
+        pretrain(place, "--out", "run", "--seed", "7"),
+        "seed = 1337, not 7",
+        "another --out",
+    )
+    done = pretrain(
+        place, "--out", "x", "--model.n-head", "3"
+    )  # found while the options are read
+    assert (
+        done.returncode == 2 and "n_embd 16 is not divisible by n_head 3" in done.stderr
+    )
 
 
 def test_bad_sampling(place):
     for arguments, parts in (
-        (["--temperature", "0"], ["temperature is 0"]),
+        (["--temperature", "-1"], ["temperature is -1"]),
         (["--top-k", "0"], ["top_k is 0"]),
         (["--top-p", "1.5"], ["top_p is 1.5"]),
     ):
-        one_line(command(place, "sampling", "--run", "run", *arguments), *parts)
-    one_line(command(place, "sampling", "--run", "missing"), "missing", "no run there")
+        one_line(command(place, "sample", "--run", "run", *arguments), *parts)
+    one_line(
+        command(place, "sample", "--run", "missing"), "missing", "no run.json there"
+    )
 
 
 def test_altered_token_file(place):
@@ -186,10 +215,90 @@ def test_settings_are_checked_before_anything_is_read(place):
 
 def test_evaluation_makes_the_folder_of_its_result(place):
     out = "results/new/one.json"
-    done = command(place, "evaluation", "--run", "run", "--corpus", "text.txt", "--out", out)
+    done = command(
+        place, "evaluate", "--run", "run", "--corpus", "text.txt", "--out", out
+    )
     assert done.returncode == 0 and (place / out).exists(), done.stderr
     assert "one document, no interval" in done.stdout
 
 
 def test_watch_needs_a_run(place):
-    one_line(command(place, "training", "watch", "missing"), "missing")
+    one_line(command(place, "watch", "missing"), "missing")
+
+
+def test_help_is_short_quick_and_without_torch():
+    code = "import sys, gptlib.workshop.command as c; sys.argv = ['gptlib', '--help']; c.main(); "
+    code += "print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (
+        done.stdout.splitlines()[-1] == "False" and len(done.stdout.splitlines()) < 24
+    )
+    for name in (
+        "pretrain",
+        "sample",
+        "evaluate",
+        "export",
+        "import",
+        "benchmark",
+        "probe",
+    ):
+        assert name in done.stdout
+
+
+def test_an_unknown_command_is_one_line(tmp_path):
+    one_line(command(tmp_path, "trian"), "unknown command 'trian'", "pretrain, plan")
+
+
+def test_help_shows_the_defaults_of_the_preset(tmp_path):
+    for preset, rate in (("demo", "0.003"), ("tinytiny", "0.0006")):
+        shown = command(tmp_path, "pretrain", "--preset", preset, "--help").stdout
+        assert rate in shown and f"(default: {preset})" in shown
+
+
+def test_sample_by_command_equals_sample_by_library(place):
+    from gptlib import load_run
+
+    options = [
+        "--run",
+        "run",
+        "--prompt",
+        "the 3",
+        "--seed",
+        "4",
+        "--max-new-tokens",
+        "20",
+    ]
+    printed = command(place, "sample", *options, "--samples", "2").stdout
+    run = load_run(place / "run")
+    texts = [run.sample("the 3", 20, seed=seed) for seed in (4, 5)]
+    assert printed == "".join(text + "\n" for text in texts)
+    assert run.sample(["the 3", "the 3"], 20, seed=4) == texts
+
+
+def test_init_from_a_run_and_from_a_transformers_folder(place):
+    done = command(place, "export", "--run", "run", "--out", "hf")
+    assert done.returncode == 0, done.stderr
+    assert pretrain(place, "--out", "second", "--init", "run").returncode == 0
+    done = pretrain(
+        place, "--out", "third", "--init", "hf", tokenizer="hf/tokenizer.json"
+    )
+    one_line(done, "tokenizer.json")
+    one_line(
+        pretrain(place, "--out", "fourth", "--init", "hf"),
+        "has bias = True, this one False",
+    )
+    one_line(pretrain(place, "--out", "fifth", "--init", "./nowhere"), "no such folder")
+
+
+def test_lazy_names():
+    import gptlib
+
+    for names in gptlib.HOME.values():
+        assert all(
+            getattr(gptlib, name) is not None and name in dir(gptlib) for name in names
+        )
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = gptlib.nothing
+    code = "import sys, gptlib; print([m for m in sys.modules if m in ('torch', 'numpy', 'tyro')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

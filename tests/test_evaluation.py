@@ -12,22 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from gptlib.batches import TokenSplit, load_tokens
 from gptlib.corpus import load_corpus
 from gptlib.evaluation import (
     Evaluation,
-    ProbeResult,
-    continuation_log_probs,
     evaluate,
-    names_drawn,
     read_evaluation,
-    run_probes,
     token_losses,
     windows,
 )
 from gptlib.gpt import GPT, GPTConfig
-from gptlib.workshop.tinywiki import Probe
 from gptlib.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from gptlib.workshop.token_files import TokenSplit, load_tokens
+
 
 WIKITEXT = "wikitext-sample:wikitext-103-raw-v1"
 BYTES = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})
@@ -35,7 +31,13 @@ BYTES = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})
 
 def model_of(**options) -> GPT:
     torch.manual_seed(0)
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 264}
+    shape = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 16,
+        "block_size": 16,
+        "vocab_size": 264,
+    }
     model = GPT(GPTConfig(**shape | options)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -81,7 +83,9 @@ def test_context_out_of_range_is_named(context):
         token_losses(model_of(), np.arange(20), context=context)
 
 
-@pytest.mark.parametrize("context, stride", [(16, 1), (16, 16), (16, 5), (7, 7), (7, 2), (1, 1)])
+@pytest.mark.parametrize(
+    "context, stride", [(16, 1), (16, 16), (16, 5), (7, 7), (7, 2), (1, 1)]
+)
 def test_losses_equal_a_loop_over_tokens(context, stride):
     model = model_of()
     ids = np.random.default_rng(1).integers(0, 264, 67)
@@ -89,16 +93,28 @@ def test_losses_equal_a_loop_over_tokens(context, stride):
     for start, stop, first in windows(67, context, stride):
         for target in range(first, stop + 1):
             with torch.no_grad():
-                logits = model(torch.from_numpy(ids[start:target])[None])[0][0, -1].double()
+                logits = model(torch.from_numpy(ids[start:target])[None])[0][
+                    0, -1
+                ].double()
             expected[target - 1] = -logits.log_softmax(-1)[ids[target]].item()
-    assert np.abs(token_losses(model, ids, context=context, stride=stride) - expected).max() < 1e-4
+    assert (
+        np.abs(
+            token_losses(model, ids, context=context, stride=stride) - expected
+        ).max()
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("stride", [None, 5])
 def test_batch_size_does_not_matter(stride):
-    model, split = model_of(), split_of(["some text or other", "a second one", "x" * 300])
+    model, split = (
+        model_of(),
+        split_of(["some text or other", "a second one", "x" * 300]),
+    )
     results = [
-        evaluate(model, split, BYTES, corpus="own", stride=stride, batch_size=size).nats_per_token
+        evaluate(
+            model, split, BYTES, corpus="own", stride=stride, batch_size=size
+        ).nats_per_token
         for size in (1, 2, 3, 7, 1000)
     ]
     assert max(results) - min(results) < 1e-6
@@ -129,20 +145,34 @@ def test_each_document_gets_its_own_losses_and_units():
     assert found.word_perplexity == pytest.approx(math.exp(total / found.words))
     assert found.floor is None and found.step == 7
     assert len(found.blocks) == len(losses) // 16
-    assert np.mean(found.blocks) == pytest.approx(losses[: len(losses) // 16 * 16].mean())
+    assert np.mean(found.blocks) == pytest.approx(
+        losses[: len(losses) // 16 * 16].mean()
+    )
 
 
-def test_line_ends_come_from_the_argument_the_record_or_the_text():
+def test_line_ends_come_from_the_record_or_the_text():
     model, texts = model_of(), ["a b\n", "c\n"]
-    for record, options, lines in [
-        ({}, {}, 2),
-        ({"lines": 5}, {}, 5),
-        ({"lines": 5}, {"lines": 9}, 9),
-    ]:
-        found = evaluate(model, split_of(texts, **record), BYTES, corpus="own", **options)
+    for record, lines in [({}, 2), ({"lines": 5}, 5)]:
+        found = evaluate(model, split_of(texts, **record), BYTES, corpus="own")
         assert found.words == 3 + lines
-    part = evaluate(model, split_of(texts, lines=5), BYTES, corpus="own", max_documents=1)
+    part = evaluate(
+        model, split_of(texts, lines=5), BYTES, corpus="own", max_documents=1
+    )
     assert part.words == 2 + 1 and part.tokens == (4,)
+
+
+def test_separate_documents_do_not_see_each_other():
+    model, texts = model_of(), ["some text", "é", "", "some text"]
+    together = evaluate(model, split_of(texts), BYTES, corpus="own")
+    apart = evaluate(model, split_of(texts), BYTES, corpus="own", separate=True)
+    alone = [
+        evaluate(model, split_of([t]), BYTES, corpus="own").nats[0] for t in texts if t
+    ]
+    assert apart.nats == pytest.approx((*alone[:2], 0.0, alone[2]), abs=1e-5)
+    assert apart.nats[0] == pytest.approx(apart.nats[3], abs=1e-5)
+    assert together.nats[0] == pytest.approx(apart.nats[0], abs=1e-5)
+    assert abs(together.nats[3] - apart.nats[3]) > 1e-3
+    assert apart.tokens == together.tokens and "apart" in str(apart)
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", ""]])
@@ -156,7 +186,11 @@ def test_an_empty_split_is_refused(texts):
 
 def test_an_empty_document_among_others_costs_nothing():
     found = evaluate(model_of(), split_of(["abc", "", "de"]), BYTES, corpus="own")
-    assert found.tokens == (3, 0, 2) and found.nats[1] == 0 and math.isfinite(found.interval()[1])
+    assert (
+        found.tokens == (3, 0, 2)
+        and found.nats[1] == 0
+        and math.isfinite(found.interval()[1])
+    )
 
 
 def test_weights_that_are_not_finite_are_named():
@@ -185,71 +219,6 @@ def test_an_evaluation_survives_its_file(tmp_path):
         path.write_text(damage, encoding="utf-8")
         with pytest.raises(ValueError, match="not an evaluation"):
             read_evaluation(path)
-
-
-def test_continuations_are_scored_whatever_their_length_and_the_prompts():
-    model, rng = model_of(), np.random.default_rng(0)
-    for n_prompt in (1, 5, 12, 40):  # the last is longer than the context
-        prompt = rng.integers(0, 264, n_prompt).tolist()
-        several = [rng.integers(0, 264, n).tolist() for n in (1, 4, 2)]
-        kept = prompt[-(16 + 1 - 4) :]
-        for tokens, found in zip(several, continuation_log_probs(model, prompt, several).tolist()):
-            direct = -token_losses(model, np.array(kept + tokens))[len(kept) - 1 :].sum()
-            assert found == pytest.approx(direct, abs=1e-4)
-
-
-class Parrot(GPT):
-    """Continues any text with the bytes of ` Ann`, over and over, nearly surely."""
-
-    def hidden(self, tokens, cache=None):
-        if cache is not None:
-            super().hidden(tokens, cache)
-        following = {ord(a): ord(b) for a, b in zip(" Ann", "Ann ")}
-        nxt = tokens.clone().cpu().apply_(lambda t: following.get(t, ord(" ")))
-        nxt[tokens == ord("n")] = ord(" ")
-        return 50.0 * torch.nn.functional.one_hot(nxt, 264).float()
-
-    def head(self, hidden):
-        return hidden
-
-
-def test_probes_count_successes_of_a_model_whose_answers_are_known():
-    model = Parrot(GPTConfig(1, 1, 8, 16, False, 264))
-    probes = [
-        Probe("recall", "Who ?", "Ann", ("Bob", "Ann", "Eve", "Kim")),
-        Probe("recall", "Who ?", "Bob", ("Bob", "Ann")),
-        Probe("question", "Who ?", "An", ("An", "Eve")),
-        Probe("name", "her friend", "Bob", ("Bob",)),
-    ]
-    is_name = lambda text: text.strip().startswith("A")
-    recall, question, name = run_probes(model, BYTES, probes, is_name=is_name, draws=3)
-    assert (recall.correct, recall.trials, recall.chance) == (1, 2, (1 / 4 + 1 / 2) / 2)
-    assert (question.correct, question.trials, question.chance) == (1, 1, 1 / 2)
-    assert (name.correct, name.trials) == (3, 3) and name.chance > 0.9  # it always says a name
-
-
-def test_probes_are_seeded_and_run_at_chance_on_random_weights():
-    model, rng = model_of(), np.random.default_rng(0)
-    words = ["ab", "cd", "ef", "gh"]
-    probes = [
-        Probe("recall", f"{rng.integers(1e9)} is", words[i % 4], tuple(words)) for i in range(200)
-    ]
-    (found,) = run_probes(model, BYTES, probes)
-    assert found.chance == 0.25 and found.interval()[0] < 0.25 < found.interval()[1]
-    draw = lambda seed: names_drawn(
-        model, BYTES, "x", is_name=lambda text: text[:1].isalpha(), draws=200, temperature=1.2,
-        generator=torch.Generator().manual_seed(seed),
-    )  # fmt: skip
-    assert draw(1) == draw(1) and 0 < draw(1) < 200
-
-
-def test_wilson_interval():
-    low, high = ProbeResult(
-        "recall", 8, 10, 0.5
-    ).interval()  # values as in Newcombe 1998's method 3
-    assert (round(low, 3), round(high, 3)) == (0.490, 0.943)
-    assert ProbeResult("recall", 0, 10, 0.5).interval()[0] == pytest.approx(0.0)
-    assert ProbeResult("recall", 10, 10, 0.5).interval()[1] == pytest.approx(1.0)
 
 
 # The real validation split
@@ -299,9 +268,8 @@ def cli(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("more", [[], ["--probes"]])
-def test_a_folder_without_a_run_is_one_line(tmp_path, more):
-    done = cli("--run", str(tmp_path), *more)
+def test_a_folder_without_a_run_is_one_line(tmp_path):
+    done = cli("--run", str(tmp_path))
     assert done.returncode == 1 and done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and "no run there" in lines[0]
+    assert len(lines) == 1 and "no run.json there" in lines[0]

@@ -2,6 +2,7 @@
 
 import os
 
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import dataclasses
@@ -16,7 +17,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 import gptlib.exchange as exchange
 from gptlib.evaluation import token_losses
@@ -36,10 +42,13 @@ from gptlib.exchange import (
 from gptlib.gpt import GPT, GPTConfig
 from gptlib.sampling import generate
 from gptlib.tokenizer import Tokenizer, TokenizerError, load_tokenizer, train_bpe
-from gptlib.training import LoadedRun, TrainConfig, load_run
+from gptlib.training import TrainConfig
+from gptlib.workshop.runs import Run, load_run
+
 
 TEXT = (
-    "Alice was friends with Bob . Alice went to visit her friend Bob , and Bob 's friend Al . " * 3
+    "Alice was friends with Bob . Alice went to visit her friend Bob , and Bob 's friend Al . "
+    * 3
 )
 TOKENIZER = Tokenizer.from_merges(train_bpe([TEXT], 290), "own")
 
@@ -57,36 +66,55 @@ def randomise(model, std: float = 0.3):
     return model.eval()
 
 
-def run_of(path, **options) -> LoadedRun:
+def run_of(path, **options) -> Run:
     torch.manual_seed(0)
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "vocab_size": 320}
+    shape = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 16,
+        "block_size": 32,
+        "vocab_size": 320,
+    }
     config = GPTConfig(**shape | options)
     train = TrainConfig(model=config, corpus="own", tokenizer="own")
     path.mkdir(exist_ok=True)
-    return LoadedRun(path, randomise(GPT(config)), TOKENIZER, train, 5)
+    return Run(path, randomise(GPT(config)), TOKENIZER, train, 5)
 
 
 @torch.no_grad()
 def gap(model: GPT, theirs, ids: torch.Tensor) -> float:
-    return (model(ids)[0][..., : theirs.config.vocab_size] - theirs(ids).logits).abs().max().item()
+    return (
+        (model(ids)[0][..., : theirs.config.vocab_size] - theirs(ids).logits)
+        .abs()
+        .max()
+        .item()
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", list(ACTIVATION_NAMES))
-def test_the_exported_folder_computes_and_continues_the_same(tmp_path, bias, activation):
+def test_the_exported_folder_computes_and_continues_the_same(
+    tmp_path, bias, activation
+):
     run = run_of(tmp_path / "run", bias=bias, activation=activation)
     folder = export_run(run, tmp_path / "hf")
     theirs, tokenizer = (
         AutoModelForCausalLM.from_pretrained(folder).eval(),
         AutoTokenizer.from_pretrained(folder),
     )
-    assert theirs.config.vocab_size == TOKENIZER.n_vocab == len(tokenizer)  # the padding is cropped
+    assert (
+        theirs.config.vocab_size == TOKENIZER.n_vocab == len(tokenizer)
+    )  # the padding is cropped
     assert theirs.lm_head.weight is theirs.transformer.wte.weight
     ids = torch.randint(0, TOKENIZER.n_vocab, (3, 32))
     assert gap(run.model, theirs, ids) < 1e-4
     prompt = ids[:1, :4]
-    said = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
-    assert torch.equal(said, generate(run.model, prompt, 20, top_k=1, n_vocab=TOKENIZER.n_vocab))
+    said = theirs.generate(
+        prompt, max_new_tokens=20, do_sample=False, eos_token_id=None
+    )
+    assert torch.equal(
+        said, generate(run.model, prompt, 20, top_k=1, n_vocab=TOKENIZER.n_vocab)
+    )
     assert tokenizer(TEXT)["input_ids"] == TOKENIZER.encode(TEXT)
 
 
@@ -108,7 +136,9 @@ def test_the_folder_holds_what_it_should(tmp_path):
         json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
         == TOKENIZER.end_of_text
     )
-    assert os.access(folder, os.R_OK | os.X_OK) and folder.stat().st_mode & 0o755 == 0o755
+    assert (
+        os.access(folder, os.R_OK | os.X_OK) and folder.stat().st_mode & 0o755 == 0o755
+    )
 
 
 def test_pipeline(tmp_path):
@@ -126,7 +156,9 @@ def test_short_floats(tmp_path, dtype):
     back, _ = import_model(str(folder))
     for name, value in run.model.state_dict().items():
         wanted = value[: TOKENIZER.n_vocab] if name == "wte.weight" else value
-        assert torch.equal(back.state_dict()[name], wanted.to(exchange.DTYPES[dtype]).float()), name
+        assert torch.equal(
+            back.state_dict()[name], wanted.to(exchange.DTYPES[dtype]).float()
+        ), name
 
 
 def test_export_then_import_gives_equal_bits(tmp_path):
@@ -137,9 +169,12 @@ def test_export_then_import_gives_equal_bits(tmp_path):
         state = back.state_dict()
         for name, value in run.model.state_dict().items():
             assert torch.equal(
-                state.pop(name), value[: TOKENIZER.n_vocab] if name == "wte.weight" else value
+                state.pop(name),
+                value[: TOKENIZER.n_vocab] if name == "wte.weight" else value,
             ), name
-        assert all(value.eq(0).all() for value in state.values())  # the biases it had not
+        assert all(
+            value.eq(0).all() for value in state.values()
+        )  # the biases it had not
 
 
 def test_export_refuses_with_one_line(tmp_path):
@@ -147,13 +182,18 @@ def test_export_refuses_with_one_line(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(ExchangeError, match="there exists; choose another --out"):
         export_run(run, tmp_path / "there")
-    with pytest.raises(ExchangeError, match="unknown dtype 'fp8'; there are fp32, bf16, fp16"):
+    with pytest.raises(
+        ExchangeError, match="unknown dtype 'fp8'; there are fp32, bf16, fp16"
+    ):
         export_run(run, tmp_path / "hf", dtype="fp8")
     run.model.h[1].ln_2.weight.data[3] = float("inf")
-    with pytest.raises(ExchangeError, match="'h.1.ln_2.weight' holds values that are not finite"):
+    with pytest.raises(
+        ExchangeError, match="'h.1.ln_2.weight' holds values that are not finite"
+    ):
         export_run(run, tmp_path / "hf")
     other = dataclasses.replace(
-        run_of(tmp_path / "run"), tokenizer=Tokenizer("own", TOKENIZER.ranks, r"\S+|\s+")
+        run_of(tmp_path / "run"),
+        tokenizer=Tokenizer("own", TOKENIZER.ranks, r"\S+|\s+"),
     )
     with pytest.raises(ExchangeError, match="does not split text as GPT-2 does"):
         export_run(other, tmp_path / "hf")
@@ -174,7 +214,9 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch, where):
 def test_a_failed_import_leaves_nothing(tmp_path, monkeypatch):
     run = run_of(tmp_path / "run")
     monkeypatch.setattr(
-        exchange.Checkpoints, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+        exchange.Checkpoints,
+        "save",
+        lambda *_: (_ for _ in ()).throw(OSError("disk full")),
     )
     with pytest.raises(OSError, match="disk full"):
         save_imported(run.model, TOKENIZER, "x", tmp_path / "deep" / "run")
@@ -184,7 +226,9 @@ def test_a_failed_import_leaves_nothing(tmp_path, monkeypatch):
 # In
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 8, 16, 40), (3, 4, 32, 64, 1000), (2, 3, 24, 5, 64)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 8, 16, 40), (3, 4, 32, 64, 1000), (2, 3, 24, 5, 64)]
+)
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu", "gelu_pytorch_tanh"])
 def test_any_gpt2_shape_comes_in_with_equal_logits(shape, activation):
     n_layer, n_head, n_embd, n_positions, vocab = shape
@@ -210,7 +254,9 @@ CONFIG = GPTConfig(2, 2, 8, 16, True, 32)
 
 
 def test_names_without_prefix_and_old_buffers_are_understood():
-    plain = {name.removeprefix("transformer."): value for name, value in WEIGHTS.items()}
+    plain = {
+        name.removeprefix("transformer."): value for name, value in WEIGHTS.items()
+    }
     plain |= {
         "h.0.attn.bias": torch.ones(1, 1, 16, 16).tril(),
         "h.0.attn.masked_bias": torch.tensor(-1e4),
@@ -237,7 +283,9 @@ def test_names_without_prefix_and_old_buffers_are_understood():
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit_are_named(change, message):
-    changed = {name: value for name, value in (WEIGHTS | change).items() if value is not None}
+    changed = {
+        name: value for name, value in (WEIGHTS | change).items() if value is not None
+    }
     with pytest.raises(ExchangeError, match=message):
         from_gpt2_weights(changed, CONFIG)
 
@@ -268,8 +316,8 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     cases = [
         ("config.json", None, "no config.json there"),
         ("config.json", "{", "config.json: damaged"),
-        ("model.safetensors", None, "neither model.safetensors nor pytorch_model.bin"),
-        ("model.safetensors", "half", "model.safetensors: damaged"),
+        ("model.safetensors", None, "weights cannot be read"),
+        ("model.safetensors", "half", "weights cannot be read"),
         ("tokenizer.json", None, "no tokenizer.json there"),
         ("tokenizer.json", "{}", "a None tokenizer"),
     ]
@@ -289,7 +337,9 @@ def test_pytorch_bin_is_read(tmp_path):
     folder = export_run(run_of(tmp_path / "run"), tmp_path / "hf")
     expected, _ = import_model(str(folder))
     (folder / "model.safetensors").unlink()
-    torch.save(to_gpt2_weights(expected, TOKENIZER.n_vocab), folder / "pytorch_model.bin")
+    torch.save(
+        to_gpt2_weights(expected, TOKENIZER.n_vocab), folder / "pytorch_model.bin"
+    )
     found, _ = import_model(str(folder))
     assert all(
         torch.equal(a, b)
@@ -355,7 +405,9 @@ def check_equal(tokenizer: Tokenizer, seed: int) -> None:
         "a" * 500,
         "\x00\x85\x1c x",
     ]
-    texts += [rng.randbytes(rng.randrange(200)).decode("utf-8", "replace") for _ in range(200)]
+    texts += [
+        rng.randbytes(rng.randrange(200)).decode("utf-8", "replace") for _ in range(200)
+    ]
     texts += ["".join(rng.choices(letters, k=rng.randrange(60))) for _ in range(300)]
     texts += ["before<|endoftext|>after"]
     for text in texts:
@@ -384,17 +436,23 @@ def test_an_imported_model_becomes_a_run(tmp_path):
     save_imported(model, tokenizer, str(folder), tmp_path / "new")
     run = load_run(tmp_path / "new")
     ids = torch.randint(0, TOKENIZER.n_vocab, (1, 32))
-    assert torch.equal(run.model(ids)[0], model(ids)[0]) and run.tokenizer.hash == TOKENIZER.hash
+    assert (
+        torch.equal(run.model(ids)[0], model(ids)[0])
+        and run.tokenizer.hash == TOKENIZER.hash
+    )
     with pytest.raises(ExchangeError, match="exists; choose another --out"):
         save_imported(model, tokenizer, str(folder), tmp_path / "new")
     again = export_run(run, tmp_path / "again")
-    assert gap(run.model, AutoModelForCausalLM.from_pretrained(again).eval(), ids) < 1e-4
+    assert (
+        gap(run.model, AutoModelForCausalLM.from_pretrained(again).eval(), ids) < 1e-4
+    )
 
 
 @pytest.mark.parametrize("block_size", [0, -1, 33])
 def test_crop_block_size_out_of_range(tmp_path, block_size):
     with pytest.raises(
-        ExchangeError, match=f"block_size {block_size} is not between 1 and the model's 32"
+        ExchangeError,
+        match=f"block_size {block_size} is not between 1 and the model's 32",
     ):
         crop_block_size(run_of(tmp_path / "run").model, block_size)
 
@@ -407,60 +465,70 @@ def test_crop_block_size_keeps_early_positions(tmp_path):
         small(torch.zeros(1, 10, dtype=torch.long))
 
 
-def cli(module: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"gptlib.{module}", *map(str, arguments)]
+def cli(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "gptlib.workshop.command", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=180)
+
+
+def test_a_sharded_folder_comes_in(tmp_path):
+    folder = export_run(run_of(tmp_path / "run"), tmp_path / "hf")
+    expected, _ = import_model(str(folder))
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    theirs.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    found, _ = import_model(str(folder))
+    pairs = zip(found.state_dict().values(), expected.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("change", ["unknown", "missing"])
+def test_a_folder_with_other_weights_is_refused(tmp_path, change):
+    from safetensors.torch import load_file, save_file
+
+    folder = export_run(run_of(tmp_path / "run"), tmp_path / "hf")
+    weights = load_file(folder / "model.safetensors")
+    if change == "unknown":
+        weights["transformer.h.0.attn.q_norm.weight"] = torch.ones(4)
+    else:
+        del weights["transformer.h.1.ln_2.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    word = "q_norm" if change == "unknown" else "h.1.ln_2.weight"
+    with pytest.raises(ExchangeError, match=word):
+        import_model(str(folder))
 
 
 def test_command_line_there_and_back(tmp_path):
     folder = export_run(run_of(tmp_path / "run"), tmp_path / "hf")
-    done = cli(
-        "exchange", "import", "--model", folder, "--out", tmp_path / "in", "--block-size", 16
-    )
+    new = tmp_path / "in"
+    done = cli("import", "--model", folder, "--out", new, "--block-size", 16)
     assert done.returncode == 0, done.stderr
-    done = cli(
-        "sampling",
-        "--run",
-        tmp_path / "in",
-        "--prompt",
-        "Alice",
-        "--max-new-tokens",
-        5,
-        "--seed",
-        1,
-    )
+    sample = ["sample", "--run", new, "--prompt", "Alice", "--seed", 1]
+    done = cli(*sample, "--max-new-tokens", 5)
     assert done.returncode == 0 and done.stdout.startswith("Alice"), done.stderr
-    (tmp_path / "text.txt").write_text(TEXT.replace(" . ", " .\n"), encoding="utf-8")
-    environment = {"GPTLIB_RUNS": str(tmp_path / "cache")}
-    os.environ.update(environment)
+    text, out = tmp_path / "text.txt", tmp_path / "evaluation.json"
+    text.write_text(TEXT.replace(" . ", " .\n"), encoding="utf-8")
+    os.environ["GPTLIB_RUNS"] = str(tmp_path / "cache")
     try:
-        out = tmp_path / "evaluation.json"
-        done = cli(
-            "evaluation",
-            "--run",
-            tmp_path / "in",
-            "--corpus",
-            tmp_path / "text.txt",
-            "--split",
-            "train",
-            "--out",
-            out,
-        )
+        evaluate = ["evaluate", "--run", new, "--corpus", text, "--split", "train"]
+        done = cli(*evaluate, "--out", out)
     finally:
         del os.environ["GPTLIB_RUNS"]
     assert done.returncode == 0 and "nats per token" in done.stdout, done.stderr
     assert json.loads(out.read_text())["context"] == 16
+    done = cli("export", "--run", new, "--out", tmp_path / "again")
+    assert done.returncode == 0 and (tmp_path / "again" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["export", "--run", "nowhere", "--out", "x"], "no run there"),
+        (["export", "--run", "nowhere", "--out", "x"], "no run.json there"),
         (["import", "--model", "./nowhere", "--out", "x"], "no such folder"),
     ],
 )
 def test_command_line_errors_are_one_line(tmp_path, arguments, message):
-    done = cli("exchange", *arguments)
+    done = cli(*arguments)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 1 and len(lines) == 1 and message in lines[0], done.stderr
 
@@ -468,13 +536,19 @@ def test_command_line_errors_are_one_line(tmp_path, arguments, message):
 def test_lm_evaluation_harness_agrees(tmp_path):
     """A local word-perplexity task, run by the harness on the exported folder and by us on the run."""
     pytest.importorskip(
-        "lm_eval", reason="lm-evaluation-harness is not installed (pip install 'lm-eval[hf]')"
+        "lm_eval",
+        reason="lm-evaluation-harness is not installed (pip install 'lm-eval[hf]')",
     )
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    run = run_of(tmp_path / "run", vocab_size=TOKENIZER.n_vocab)  # padding would take a share
-    pages = [" ".join(random.Random(i).choices(TEXT.split(), k=20 + 30 * i)) for i in range(6)]
+    run = run_of(
+        tmp_path / "run", vocab_size=TOKENIZER.n_vocab
+    )  # padding would take a share
+    pages = [
+        " ".join(random.Random(i).choices(TEXT.split(), k=20 + 30 * i))
+        for i in range(6)
+    ]
     lines = "".join(json.dumps({"page": page}) + "\n" for page in pages)
     (tmp_path / "pages.jsonl").write_text(lines)
     task = {
@@ -483,10 +557,22 @@ def test_lm_evaluation_harness_agrees(tmp_path):
         "validation_split": "validation", "doc_to_text": "", "doc_to_target": "{{page}}",
         "metric_list": [{"metric": name} for name in ("word_perplexity", "bits_per_byte")],
     }  # fmt: skip
-    theirs = HFLM(pretrained=str(export_run(run, tmp_path / "hf")), device="cpu", batch_size=1)
-    found = lm_eval.simple_evaluate(theirs, tasks=[task], bootstrap_iters=0)["results"]["pages"]
-    rows = [np.array([TOKENIZER.end_of_text, *TOKENIZER.encode(page)]) for page in pages]
-    nats = sum(token_losses(run.model, ids).sum() for ids in rows)  # each page after its own mark
+    theirs = HFLM(
+        pretrained=str(export_run(run, tmp_path / "hf")), device="cpu", batch_size=1
+    )
+    found = lm_eval.simple_evaluate(theirs, tasks=[task], bootstrap_iters=0)["results"][
+        "pages"
+    ]
+    rows = [
+        np.array([TOKENIZER.end_of_text, *TOKENIZER.encode(page)]) for page in pages
+    ]
+    nats = sum(
+        token_losses(run.model, ids).sum() for ids in rows
+    )  # each page after its own mark
     words, size = sum(len(page.split()) for page in pages), sum(map(len, pages))
-    assert found["word_perplexity,none"] == pytest.approx(math.exp(nats / words), rel=0.005)
-    assert found["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / size, rel=0.005)
+    assert found["word_perplexity,none"] == pytest.approx(
+        math.exp(nats / words), rel=0.005
+    )
+    assert found["bits_per_byte,none"] == pytest.approx(
+        nats / math.log(2) / size, rel=0.005
+    )

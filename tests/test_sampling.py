@@ -1,16 +1,32 @@
 """Sampling: what holds for any weights, on small random models."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from gptlib.gpt import GPT, GPTConfig
-from gptlib.sampling import KVCache, draw, generate, next_token_probs, stream, window_start
+from gptlib.sampling import (
+    KVCache,
+    draw,
+    generate,
+    next_token_probs,
+    sample_text,
+    sample_texts,
+    stream,
+    stream_text,
+    window_start,
+)
+from gptlib.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)).eval()
+    return GPT(
+        GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)
+    ).eval()
 
 
 def seeded(seed=0):
@@ -79,7 +95,7 @@ def test_draws_follow_the_softmax():
     for tau in (0.7, 1.0, 1.2):
         expected = n * (logits[0] / tau).softmax(-1)
         probs = next_token_probs(logits, temperature=tau).expand(n, -1)
-        counts = torch.multinomial(probs, 1, generator=seeded()).flatten().bincount(minlength=8)
+        counts = draw(probs, seeded()).flatten().bincount(minlength=8)
         assert (
             (counts - expected) ** 2 / expected
         ).sum() < 24.3  # 7 degrees of freedom, 1 in 1,000
@@ -91,7 +107,9 @@ def test_tokens_that_generate_draws_follow_the_softmax(model):
     expected = n * model(torch.tensor([[7]]))[0][0, -1].softmax(-1)
     drawn = generate(model, torch.full((n, 1), 7), 1, generator=seeded())[:, 1]
     counts = drawn.bincount(minlength=64)
-    assert ((counts - expected) ** 2 / expected).sum() < 103.4  # 63 degrees of freedom, 1 in 1,000
+    assert (
+        (counts - expected) ** 2 / expected
+    ).sum() < 103.4  # 63 degrees of freedom, 1 in 1,000
 
 
 def test_top_k_and_top_p():
@@ -101,7 +119,9 @@ def test_top_k_and_top_p():
         probs = next_token_probs(logits, top_k=k)
         assert torch.equal((probs > 0).sum(-1), torch.full((5,), min(k, 300)))
         kept = probs > 0
-        assert (full.masked_fill(~kept, 2).amin(-1) >= full.masked_fill(kept, -1).amax(-1)).all()
+        assert (
+            full.masked_fill(~kept, 2).amin(-1) >= full.masked_fill(kept, -1).amax(-1)
+        ).all()
         assert torch.allclose(probs.sum(-1), torch.ones(5))
     for p in (1e-9, 0.3, 0.9, 1.0):
         probs = next_token_probs(logits, top_p=p)
@@ -115,7 +135,9 @@ def test_top_k_and_top_p():
     assert ((both > 0).sum(-1) <= 10).all()
     ratio = both[0].topk(2).values
     best = full[0].topk(2).values
-    assert torch.allclose(ratio[0] / ratio[1], best[0] / best[1]), "ratios of the kept stay"
+    assert torch.allclose(ratio[0] / ratio[1], best[0] / best[1]), (
+        "ratios of the kept stay"
+    )
 
 
 def test_a_tie_leaves_greedy_one_token():
@@ -154,15 +176,22 @@ def test_draw_follows_the_probabilities_and_never_takes_a_zero():
     kept = probs[0] > 0
     assert (counts[~kept] == 0).all()
     expected = n * probs[0, kept]
-    assert ((counts[kept] - expected) ** 2 / expected).sum() < 16.3  # 3 degrees of freedom
-    assert (draw(2 * probs.expand(n, -1), seeded()).flatten().bincount(minlength=7) == counts).all()
+    assert (
+        (counts[kept] - expected) ** 2 / expected
+    ).sum() < 16.3  # 3 degrees of freedom
+    assert (
+        draw(2 * probs.expand(n, -1), seeded()).flatten().bincount(minlength=7)
+        == counts
+    ).all()
 
 
 def test_draw_at_both_ends(monkeypatch):
     probs = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
     for dart, token in ((0.0, 1), (0.25, 2), (1 - 2**-53, 2), (1.0, 2)):
         monkeypatch.setattr(
-            torch, "rand", lambda *a, d=dart, **k: torch.tensor([[d]], dtype=torch.float64)
+            torch,
+            "rand",
+            lambda *a, d=dart, **k: torch.tensor([[d]], dtype=torch.float64),
         )
         assert draw(probs).item() == token
 
@@ -170,7 +199,6 @@ def test_draw_at_both_ends(monkeypatch):
 @pytest.mark.parametrize(
     "settings, word",
     [
-        ({"temperature": 0}, "temperature is 0"),
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
@@ -196,3 +224,120 @@ def test_bad_settings(model, settings, word):
 def test_bad_tokens(model, tokens, word):
     with pytest.raises(ValueError, match=word):
         generate(model, tokens, 1)
+
+
+def test_temperature_0_is_greedy(model):
+    greedy = generate(model, prompts(), 20, temperature=0)
+    assert torch.equal(greedy, generate(model, prompts(), 20, top_k=1))
+    assert torch.equal(
+        greedy, generate(model, prompts(), 20, temperature=0, generator=seeded())
+    )
+    tie = next_token_probs(torch.zeros(1, 4), temperature=0)
+    assert (tie > 0).sum() == 1 and tie.sum() == 1
+
+
+def test_a_row_that_stopped_repeats_its_stop_and_the_others_go_on(model):
+    tokens, free = prompts(4, 5), {"generator": seeded(2)}
+    plain = generate(model, tokens, 60, **free)
+    stop = [int(plain[0, 8]), int(plain[1, 20])]
+    ended = generate(model, tokens, 60, stop=stop, generator=seeded(2))
+    for row, whole in zip(ended, plain):
+        hits = [i for i, t in enumerate(whole[5:].tolist()) if t in stop]
+        end = 5 + hits[0] + 1 if hits else 65
+        assert torch.equal(row[:end], whole[:end])
+        assert (row[end:] == row[end - 1]).all() if end < len(row) else True
+    alone = generate(
+        model, tokens[:1], 60, stop=[int(plain[0, 5])], generator=[seeded(2)]
+    )
+    assert alone.shape[1] <= 65
+
+
+def test_generation_ends_when_all_rows_have_stopped(model):
+    every = list(range(64))
+    assert generate(model, prompts(), 60, stop=every).shape == (3, 6)
+
+
+def test_a_generator_for_each_row_makes_rows_independent(model):
+    tokens = prompts()
+    together = generate(model, tokens, 30, generator=[seeded(i) for i in range(3)])
+    for i, row in enumerate(tokens):
+        alone = generate(model, row[None], 30, generator=seeded(i))
+        assert torch.equal(together[i], alone[0])
+
+
+def test_dropout_is_off_and_the_mode_comes_back():
+    torch.manual_seed(0)
+    config = GPTConfig(
+        n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64, dropout=0.5
+    )
+    model = GPT(config).train()
+    texts = [generate(model, prompts(), 20, temperature=0) for _ in range(2)]
+    assert torch.equal(*texts) and model.training
+    assert torch.equal(texts[0], generate(model.eval(), prompts(), 20, temperature=0))
+    assert not model.training
+
+
+# Text
+
+BYTES = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})
+PROMPTS = ["", "a", "two words", "é", "b", "longer than the block of sixteen", "snow ❄"]
+
+
+@pytest.fixture(scope="module")
+def reader():
+    torch.manual_seed(0)
+    return GPT(
+        GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=320)
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0}, {}, {"temperature": 1.3, "top_p": 0.9}]
+)
+def test_several_prompts_at_once_equal_one_by_one(reader, settings):
+    together = sample_texts(reader, BYTES, PROMPTS, 40, seed=3, **settings)
+    alone = [
+        sample_text(reader, BYTES, prompt, 40, seed=3 + i, **settings)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    assert together == alone
+    assert all(text.startswith(prompt) for text, prompt in zip(together, PROMPTS))
+
+
+def test_padding_is_never_drawn_and_the_text_ends_at_the_mark(reader):
+    texts = sample_texts(reader, BYTES, ["x"] * 50, 300, seed=0, temperature=50.0)
+    assert len({len(text) for text in texts}) > 10, "they end where the mark was drawn"
+    pieces = list(stream_text(reader, BYTES, "x", 300, seed=0, temperature=50.0))
+    assert pieces[0] == "x" and "".join(pieces) == texts[0]
+
+
+def test_a_character_of_several_tokens_comes_whole():
+    class Snow(GPT):
+        def hidden(self, tokens, cache=None):
+            if cache is not None:
+                super().hidden(tokens, cache)
+            following = dict(zip("❄".encode(), "❄".encode()[1:] + "❄".encode()[:1]))
+            nxt = tokens.clone().apply_(lambda t: following.get(t, "❄".encode()[0]))
+            return 50.0 * torch.nn.functional.one_hot(nxt, 264).float()
+
+        def head(self, hidden):
+            return hidden
+
+    model = Snow(GPTConfig(1, 1, 8, 16, False, 264))
+    pieces = list(stream_text(model, BYTES, "x", 7, temperature=0))
+    assert "".join(pieces) == "x❄❄\ufffd" and pieces.count("❄") == 2
+
+
+def test_a_seed_repeats_and_none_does_not(reader):
+    assert sample_text(reader, BYTES, "a", 30, seed=1) == sample_text(
+        reader, BYTES, "a", 30, seed=1
+    )
+    assert sample_text(reader, BYTES, "a", 30) != sample_text(reader, BYTES, "a", 30)
+
+
+def test_importing_sampling_loads_neither_engine_nor_corpora():
+    code = "import gptlib.sampling, sys; print([m for m in sys.modules if m.startswith('gptlib')]"
+    code += " + [m for m in ('tyro', 'datasets', 'tqdm') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    for name in ("gptlib.training", "workshop.runs", "tyro", "datasets"):
+        assert name not in done.stdout, done.stdout

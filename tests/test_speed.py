@@ -1,28 +1,39 @@
 """The chunked loss and the fast head equal the plain ones; the table's arithmetic. Nothing here is timed."""
 
-import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from gptlib import speed
+from gptlib import GptlibError, speed
 from gptlib.gpt import GPT, GPTConfig
 from gptlib.sampling import generate
 from gptlib.speed import (
     ChunkedCrossEntropy,
     FastLoss,
-    SpeedOptions,
     chunked_loss,
     fast_loss,
-    pick_to_gradient,
+    pick_softmax,
     sampling_copy,
     softmax_gradient,
-    table,
     tiled_to_gradient,
 )
 from gptlib.training import plain_loss
+
+
+CACHES = ("compiled_to_gradient", "compiled_hidden", "compiled_products")
+
+
+@pytest.fixture
+def fresh_caches():
+    """Forget what was compiled, before and after."""
+    for name in CACHES:
+        getattr(speed, name).cache_clear()
+    yield
+    for name in CACHES:
+        getattr(speed, name).cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +55,12 @@ def loss_and_gradients(model, loss_fn, batch, **options):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 63, 64, 65, 10_000])
-@pytest.mark.parametrize("fuse", [False, None])
-def test_equal_to_plain_loss_in_fp32(model, batch, rows, fuse):
+@pytest.mark.parametrize("softmax", ["plain", "tiled"])
+def test_equal_to_plain_loss_in_fp32(model, batch, rows, softmax):
     expected, gradients = loss_and_gradients(model, plain_loss, batch)
-    loss, found = loss_and_gradients(model, chunked_loss, batch, rows=rows, fuse=fuse)
+    loss, found = loss_and_gradients(
+        model, chunked_loss, batch, rows=rows, softmax=softmax
+    )
     assert torch.allclose(loss, expected, atol=1e-5, rtol=0)
     for a, b in zip(found, gradients):
         assert torch.allclose(a, b, atol=1e-5, rtol=0)
@@ -56,12 +69,16 @@ def test_equal_to_plain_loss_in_fp32(model, batch, rows, fuse):
 def test_compiled_or_its_fallback_is_equal(model, batch):
     expected, gradients = loss_and_gradients(model, plain_loss, batch)
     for rows in (64, 24, 7):
-        loss, found = loss_and_gradients(model, chunked_loss, batch, rows=rows, fuse=True)
+        loss, found = loss_and_gradients(
+            model, chunked_loss, batch, rows=rows, softmax="compiled"
+        )
         assert torch.allclose(loss, expected, atol=1e-5)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, gradients))
 
 
-def test_without_a_compiler_one_line_and_the_same_value(model, batch, monkeypatch, capsys):
+def test_without_a_compiler_one_line_and_the_same_value(
+    model, batch, monkeypatch, capsys, fresh_caches
+):
     def broken(*args, **kwargs):
         def call(*args):
             raise RuntimeError("no C++ compiler\nand a long story")
@@ -69,24 +86,85 @@ def test_without_a_compiler_one_line_and_the_same_value(model, batch, monkeypatc
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    speed.fused_to_gradient.cache_clear()
-    try:
-        expected, _ = loss_and_gradients(model, plain_loss, batch)
-        for _ in range(2):
-            loss, _ = loss_and_gradients(model, chunked_loss, batch, fuse=True)
-            assert torch.allclose(loss, expected, atol=1e-5)
-        said = capsys.readouterr().err.splitlines()
-        assert len(said) == 1 and "no C++ compiler" in said[0]
-    finally:
-        speed.fused_to_gradient.cache_clear()
+    expected, _ = loss_and_gradients(model, plain_loss, batch)
+    for _ in range(2):
+        loss, _ = loss_and_gradients(model, chunked_loss, batch, softmax="compiled")
+        assert torch.allclose(loss, expected, atol=1e-5)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "no C++ compiler" in said[0]
 
 
-@pytest.mark.parametrize("fuse", [False, None])
-def test_bf16_is_as_close_as_plain_bf16(model, batch, fuse):
+@pytest.mark.parametrize("wrong", ["value", "gradient"])
+def test_compiled_code_that_computes_wrongly_is_not_used(
+    model, batch, monkeypatch, capsys, fresh_caches, wrong
+):
+    def miscompile(function, **options):
+        def call(*args):
+            if function is GPT.hidden and wrong == "value":
+                return 1.1 * function(*args)
+            if function is GPT.hidden:
+                x = function(*args)
+                return x.detach() + 0.9 * (x - x.detach())  # right, with a wrong slope
+            result = function(*args)
+            if function is speed.to_gradient and wrong == "gradient":
+                args[0].mul_(0.9)
+                return result
+            return 0.9 * result
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", miscompile)
+    expected, gradients = loss_and_gradients(model, plain_loss, batch)
+    loss, found = loss_and_gradients(model, FastLoss(True, True), batch)
+    assert torch.allclose(loss, expected, atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, gradients))
+    assert sampling_copy(model) is model
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and all("wrong by up to" in line for line in said)
+
+
+MIXED = """
+import torch, gptlib.speed as speed
+z = torch.randn(40, 203, generator=torch.Generator().manual_seed(0))
+targets = torch.arange(40)
+expected = speed.softmax_gradient(z, targets)[0]
+if {shared}:
+    speed.compile_apart = torch.compile
+found = speed.pick_softmax("compiled", z)(z, targets)
+print((found / expected).item(), torch.backends.cpu.get_cpu_capability())
+"""
+
+
+def test_a_compiler_cache_of_other_instructions(tmp_path):
+    """A cache filled under AVX-512 and used under AVX2 once gave half of the loss."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this processor has no AVX-512")
+
+    def ratio(folder, shared, capability=None):
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / folder)}
+        env |= {"ATEN_CPU_CAPABILITY": capability} if capability else {}
+        code = [sys.executable, "-c", MIXED.format(shared=shared)]
+        done = subprocess.run(code, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return float(done.stdout.split()[0]), done.stdout.split()[1], done.stderr
+
+    assert ratio("apart", False)[:2] == (pytest.approx(1), "AVX512")
+    found, capability, said = ratio("apart", False, "avx2")
+    assert (found, capability, said) == (pytest.approx(1), "AVX2", "")
+    assert len(list((tmp_path / "apart").iterdir())) == 2
+    ratio("shared", True)
+    found, capability, said = ratio("shared", True, "avx2")  # only the check is left
+    assert found == pytest.approx(1) and "wrong by up to" in said
+
+
+@pytest.mark.parametrize("softmax", ["plain", "tiled"])
+def test_bf16_is_as_close_as_plain_bf16(model, batch, softmax):
     exact_loss, exact = loss_and_gradients(model, plain_loss, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plain_value, plain = loss_and_gradients(model, plain_loss, batch)
-        value, found = loss_and_gradients(model, chunked_loss, batch, rows=24, fuse=fuse)
+        value, found = loss_and_gradients(
+            model, chunked_loss, batch, rows=24, softmax=softmax
+        )
     assert value.dtype == torch.float32
     assert abs(value - exact_loss) < max(0.02, 2 * abs(plain_value - exact_loss))
 
@@ -97,15 +175,20 @@ def test_bf16_is_as_close_as_plain_bf16(model, batch, fuse):
     assert error(found) < max(2 * error(plain), 0.03)
 
 
-@pytest.mark.parametrize("fuse", [False, None])
+@pytest.mark.parametrize("softmax", ["plain", "tiled"])
 @pytest.mark.parametrize("rows", [1, 3, 7])
-def test_gradcheck_in_float64(fuse, rows):
+def test_gradcheck_in_float64(softmax, rows):
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(7, 4, dtype=torch.float64, generator=generator, requires_grad=True)
-    weight = torch.randn(11, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    hidden = torch.randn(
+        7, 4, dtype=torch.float64, generator=generator, requires_grad=True
+    )
+    weight = torch.randn(
+        11, 4, dtype=torch.float64, generator=generator, requires_grad=True
+    )
     targets = torch.randint(11, (7,), generator=generator)
     assert torch.autograd.gradcheck(
-        lambda h, w: ChunkedCrossEntropy.apply(h, w, targets, rows, fuse), (hidden, weight)
+        lambda h, w: ChunkedCrossEntropy.apply(h, w, targets, rows, softmax),
+        (hidden, weight),
     )
 
 
@@ -118,9 +201,9 @@ def test_no_grad_is_equal_and_leaves_no_graph(model, batch):
 
 
 def test_extreme_logits_stay_finite():
-    for fuse in (False, None):
+    for softmax in ("plain", "tiled"):
         logits = torch.tensor([[1e4, 0.0, -1e4], [88.0, 89.0, 90.0]])
-        loss = pick_to_gradient("cpu", fuse)(logits, torch.tensor([0, 2]))
+        loss = pick_softmax(softmax, logits)(logits, torch.tensor([0, 2]))
         assert torch.isfinite(loss) and torch.isfinite(logits).all()
         assert torch.allclose(logits.sum(-1), torch.zeros(2), atol=1e-6)
 
@@ -140,17 +223,23 @@ def test_accumulation_equals_the_large_batch(model, batch):
     model.zero_grad()
     for x, y in zip(batch[0].split(2), batch[1].split(2)):
         (3 * chunked_loss(model, x, y, rows=5) / 2).backward()
-    assert all(torch.allclose(p.grad, g, atol=1e-5) for p, g in zip(model.parameters(), whole))
+    assert all(
+        torch.allclose(p.grad, g, atol=1e-5) for p, g in zip(model.parameters(), whole)
+    )
 
 
-@pytest.mark.parametrize("fuse", [False, None])
-def test_fp16_keeps_the_small_probabilities(fuse):
+@pytest.mark.parametrize("softmax", ["plain", "tiled"])
+def test_fp16_keeps_the_small_probabilities(softmax):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=32, vocab_size=50_304))
+    model = GPT(
+        GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=32, vocab_size=50_304)
+    )
     batch = torch.randint(50_304, (2, 40, 32))
     _, exact = loss_and_gradients(model, plain_loss, batch)
     with torch.autocast("cpu", dtype=torch.float16):
-        _, found = loss_and_gradients(model, chunked_loss, batch, rows=512, fuse=fuse)
+        _, found = loss_and_gradients(
+            model, chunked_loss, batch, rows=512, softmax=softmax
+        )
     absent = torch.ones(50_304, dtype=torch.bool)
     absent[batch.flatten()] = False  # tokens that are only pushed down
     a, b = found[0][absent], exact[0][absent]
@@ -158,6 +247,7 @@ def test_fp16_keeps_the_small_probabilities(fuse):
 
 
 def test_fast_loss_is_chosen_by_vocabulary_and_says_what_it_is():
+    assert fast_loss(50_304, "cuda") == FastLoss(chunked=True, compiled=True)
     assert fast_loss(50_304) == FastLoss(chunked=True, compiled=False)
     assert fast_loss(2_048) == FastLoss(chunked=False, compiled=False)
     assert str(fast_loss(50_304)) == "FastLoss(chunked=True, compiled=False)"
@@ -166,7 +256,9 @@ def test_fast_loss_is_chosen_by_vocabulary_and_says_what_it_is():
 @pytest.mark.parametrize("chunked", [True, False])
 def test_compiled_blocks_compute_the_same_and_keep_their_names(batch, chunked):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=203))
+    model = GPT(
+        GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=203)
+    )
     names = list(model.state_dict())
     expected, gradients = loss_and_gradients(model, plain_loss, batch)
     loss, found = loss_and_gradients(model, FastLoss(chunked, compiled=True), batch)
@@ -177,16 +269,20 @@ def test_compiled_blocks_compute_the_same_and_keep_their_names(batch, chunked):
     )
 
 
-def test_bad_rows(model, batch):
-    with pytest.raises(ValueError, match="rows is 0"):
+def test_bad_options(model, batch):
+    with pytest.raises(GptlibError, match="rows is 0"):
         chunked_loss(model, *batch, rows=0)
+    with pytest.raises(GptlibError, match="unknown softmax 'fused'; there are plain"):
+        chunked_loss(model, *batch, softmax="fused")
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
 def test_sampling_copy(bias):
     torch.manual_seed(0)
-    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=203, bias=bias)
+    config = GPTConfig(
+        n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=203, bias=bias
+    )
     model = GPT(config).eval()
     for name, p in model.named_parameters():
         if name.endswith("bias"):
@@ -212,41 +308,34 @@ def test_sampling_copy(bias):
         ]
         assert torch.equal(*texts)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-    assert all(p.requires_grad for p in model.parameters()), "the model can still be trained"
+    assert all(p.requires_grad for p in model.parameters()), (
+        "the model can still be trained"
+    )
+
+
+def test_a_sampling_copy_is_a_module_that_moves_as_a_whole(model):
+    copy = sampling_copy(model)
+    tokens = torch.randint(203, (1, 1))
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    wide = copy.to(torch.float64)
+    assert all(t.dtype == torch.float64 for t in wide.state_dict().values())
+    with torch.no_grad():
+        assert torch.allclose(wide(tokens)[0].float(), model(tokens)[0], atol=1e-5)
+    for name, p in model.state_dict().items():
+        assert p.dtype == torch.float32 and torch.equal(p, before[name])
+
+
+@torch.no_grad()
+def test_a_sampling_copy_in_the_same_type_follows_the_model():
+    torch.manual_seed(0)
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=203)
+    model, tokens = GPT(config).eval(), torch.randint(203, (1, 1))
+    copy = sampling_copy(model)
+    for p in model.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    assert torch.allclose(copy(tokens)[0], model(tokens)[0], atol=1e-4)
 
 
 def test_without_a_compiler_the_model_itself_samples(model, monkeypatch):
-    monkeypatch.setattr(speed, "fused_inner_products", lambda: None)
+    monkeypatch.setattr(speed, "compiled_products", lambda *_: None)
     assert sampling_copy(model, dtype=torch.bfloat16) is model
-
-
-def test_table_and_options():
-    rows = [
-        {
-            "row": name,
-            "precision": "fp32",
-            "tokens_per_second": rate,
-            "peak_bytes": 10**9,
-            "mfu": None,
-        }
-        for name, rate in (("plain-fp32", 500.0), ("final", 1250.0), ("no-cache", 20.0))
-    ]
-    lines = table(rows).splitlines()
-    assert len(lines) == 5 and " 2.50 " in lines[2] and " 1.00 " in lines[4]
-    with pytest.raises(ValueError, match="unknown preset 'nano'; there are demo"):
-        SpeedOptions(preset="nano")
-    with pytest.raises(ValueError, match="unknown row 'best'; there are plain-fp32"):
-        SpeedOptions(only="best")
-    with pytest.raises(ValueError, match="rounds is 0"):
-        SpeedOptions(rounds=0)
-
-
-def test_command_prints_the_promised_json():
-    command = [sys.executable, "-m", "gptlib.speed", "--preset", "demo", "--only", "final"]
-    command += ["--json", "--rounds", "1", "--steps", "1", "--micro-batch-size", "2"]
-    command += ["--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert set(result) == {"tokens_per_second", "peak_bytes"}
-    assert result["tokens_per_second"] > 0 and result["peak_bytes"] > 10**8

@@ -52,9 +52,20 @@ def test_the_text_is_the_same_everywhere(corpus):
 
 @pytest.mark.parametrize("salt", ["0", "1"])
 def test_the_shell_command_does_not_depend_on_hash_order(corpus, salt):
-    command = [sys.executable, "-m", "gptlib.workshop.tinywiki", "--split", "test", "--bytes", "20000"]
+    command = [
+        sys.executable,
+        "-m",
+        "gptlib.workshop.tinywiki",
+        "--split",
+        "test",
+        "--bytes",
+        "20000",
+    ]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONHASHSEED": salt}, capture_output=True, check=True
+        command,
+        env={**os.environ, "PYTHONHASHSEED": salt},
+        capture_output=True,
+        check=True,
     )
     assert len(done.stdout) >= 20000
     assert text_of(corpus["test"]).encode().startswith(done.stdout)
@@ -96,20 +107,30 @@ def test_memory_does_not_grow_with_the_size(wiki):
 
 
 def test_each_article_has_one_derivation_at_the_writers_price(wiki, corpus):
-    sample = [*corpus["train"][:250], *corpus["validation"][:150], *corpus["test"][:150]]
+    sample = [
+        *corpus["train"][:250],
+        *corpus["validation"][:150],
+        *corpus["test"][:150],
+    ]
     for article in sample:
         found = wiki.parse(article.text)
         assert len(found) == 1, article.title
         assert found[0].text == article.text
         for account in ("nats_known", "nats_unknown", "nats_floor"):
-            assert math.isclose(getattr(found[0], account), getattr(article, account), abs_tol=1e-9)
+            assert math.isclose(
+                getattr(found[0], account), getattr(article, account), abs_tol=1e-9
+            )
 
 
 def test_the_reader_finds_the_choices_the_writer_made(wiki, corpus):
     for number, article in enumerate(corpus["validation"][:60]):
-        (choices,) = Reader(0, Entity(article.kind, article.index), article.text).derivations()
+        (choices,) = Reader(
+            0, Entity(article.kind, article.index), article.text
+        ).derivations()
         account = wiki.writer("validation", number).account
-        assert len(choices) == len(account.choices) - 3  # the kind, being famous, the name
+        assert (
+            len(choices) == len(account.choices) - 3
+        )  # the kind, being famous, the name
         assert math.isclose(
             sum(nats for _, nats in account.choices), article.nats_known, abs_tol=1e-9
         )
@@ -150,7 +171,9 @@ def test_names_are_a_bijection():
     assert len(all_titles()) == sum(count_names(kind) for kind in KINDS)
     for kind in KINDS:
         assert count_names(kind) >= 5000
-        titles = {title_of(3, Entity(kind, index)) for index in range(count_names(kind))}
+        titles = {
+            title_of(3, Entity(kind, index)) for index in range(count_names(kind))
+        }
         assert len(titles) == count_names(kind)
         assert all(
             entity_of(3, title_of(3, Entity(kind, i))) == (kind, i)
@@ -163,7 +186,9 @@ def test_kinds_and_wordings_are_many():
     assert len(KINDS) >= 7 and 100 <= sum(FAMOUS.values()) <= 200
     for kind in KINDS:
         groups = re.findall(r"^\* .*\n((?:[^*=\n-].*\n)+)", GRAMMAR[kind], re.MULTILINE)
-        assert len(groups) >= 9 and all(len(group.splitlines()) >= 5 for group in groups), kind
+        assert len(groups) >= 9 and all(
+            len(group.splitlines()) >= 5 for group in groups
+        ), kind
         assert tree_of(kind)
 
 
@@ -174,7 +199,10 @@ def test_towns_rivers_and_people_agree(wiki):
         assert wiki.facts(*town["native"])["town"] == ("town", index)
     for index, _ in wiki.entities("person"):
         friend = wiki.facts("person", index)["friend"]
-        assert friend.index != index and wiki.facts(*friend)["friend"] == ("person", index)
+        assert friend.index != index and wiki.facts(*friend)["friend"] == (
+            "person",
+            index,
+        )
 
 
 def test_articles_agree_with_each_other(corpus):
@@ -207,17 +235,22 @@ def test_the_format_is_wikitexts(corpus):
     assert lines[-1] == "" and all(
         line.startswith(" ") and line.endswith(" ") for line in lines[:-1]
     )
-    assert all(line == " " or not line.startswith("  ") and "  " not in line for line in lines)
+    assert all(
+        line == " " or not line.startswith("  ") and "  " not in line for line in lines
+    )
     for line in lines:
         if line.startswith(" = "):
             assert re.fullmatch(r" = [^=]+ = | = = [^=]+ = = ", line)
-    assert not re.search(r"\w[.,;:?!\"()]|[({\[]\w|\w'|[|{}<>\[\]]", text)  # punctuation is spaced
+    assert not re.search(
+        r"\w[.,;:?!\"()]|[({\[]\w|\w'|[|{}<>\[\]]", text
+    )  # punctuation is spaced
     assert not re.search(r"\d,\d|\d\.\d|\w-\w", text)
     assert not re.search(r"(?: \. | \n )[a-z]", text)  # sentences begin with a capital
     for mark in (" @,@ ", " @.@ ", " @-@ ", " 's ", " – ", ' " '):
         assert mark in text
     assert text.startswith(" \n = ") and all(
-        a.text.endswith(" . \n \n") or a.text.endswith(' " \n \n') for a in corpus["train"]
+        a.text.endswith(" . \n \n") or a.text.endswith(' " \n \n')
+        for a in corpus["train"]
     )
 
 
@@ -234,7 +267,8 @@ def test_probes_are_phrases_of_the_corpus(wiki, corpus):
     }
     assert all(len(members) >= 40 for members in families.values())
     assert all(
-        p.answer in p.candidates and len(set(p.candidates)) == len(p.candidates) for p in probes
+        p.answer in p.candidates and len(set(p.candidates)) == len(p.candidates)
+        for p in probes
     )
     text = text_of(corpus["train"])
     assert (
@@ -258,7 +292,10 @@ def test_a_filler_may_not_exclude_what_is_untold():
     [
         (lambda: TinyWiki(-1), "seed -1"),
         (lambda: TinyWiki("0"), "seed '0'"),
-        (lambda: TinyWiki().article("dev", 0), "split 'dev' is unknown; choose one of train"),
+        (
+            lambda: TinyWiki().article("dev", 0),
+            "split 'dev' is unknown; choose one of train",
+        ),
         (lambda: TinyWiki().articles("dev"), "split 'dev'"),
         (lambda: TinyWiki().articles("train", 0), "n_bytes 0 must be at least 1"),
         (lambda: TinyWiki().article("train", -1), "article number -1"),
@@ -275,6 +312,10 @@ def test_bad_arguments_give_one_line(call, words):
 
 def test_the_shell_says_what_is_wrong():
     done = subprocess.run(
-        [sys.executable, "-m", "gptlib.workshop.tinywiki", "--split", "dev"], capture_output=True, text=True
+        [sys.executable, "-m", "gptlib.workshop.tinywiki", "--split", "dev"],
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 1 and done.stderr.startswith("tinywiki: split 'dev' is unknown")
+    assert done.returncode == 1 and done.stderr.startswith(
+        "tinywiki: split 'dev' is unknown"
+    )

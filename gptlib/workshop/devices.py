@@ -6,39 +6,45 @@ Tangled from book/workshop/W3_devices.md; change it there, not here.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import re
+import subprocess
 import sys
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
+import gptlib
+from gptlib import GptlibError
+from gptlib.training import Precision
 
-class DeviceError(ValueError):
-    """A device or precision that this machine does not have; the message says what it has."""
+
+class DeviceError(GptlibError):
+    """A device or precision that this machine does not have."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU; MPS must be asked for by name, and is tested first.
+    """A device by name; `auto` is CUDA where there is one, else the CPU.
 
-    Raises DeviceError for a name that is no device and for a device that is not there or computes wrongly.
+    MPS must be asked for by name, and is tested first. Raises DeviceError for a name
+    that is no device, and for a device that is not there or computes wrongly.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise DeviceError(
-            f"unknown device {name!r}; there are auto, cpu, cuda, cuda:N, mps"
-        ) from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise DeviceError(f"unknown device {name!r}; there are auto, cpu, cuda:N, mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError("no CUDA device here; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(
-            f"no device {name} here; there are {torch.cuda.device_count()} CUDA devices, counted from 0"
-        )
+        count = torch.cuda.device_count()
+        raise DeviceError(f"no device {name}; there are {count}, counted from 0")
     if device.type == "mps":
         if not torch.backends.mps.is_available():
             raise DeviceError("no MPS device here; use --device cpu")
@@ -47,96 +53,56 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def check_against_cpu(device: torch.device, tolerance: float = 1e-4) -> None:
-    """Compare attention, softmax and their gradient on `device` with the CPU's; raises DeviceError if they differ."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 32, 16, generator=generator)
+    """Raises DeviceError if attention or its gradient differs from the CPU's."""
+    q, k, v = torch.randn(3, 2, 4, 32, 16, generator=torch.Generator().manual_seed(0))
     results = []
     for place in (torch.device("cpu"), device):
-        leaf = (
-            q.detach().clone().to(place).requires_grad_()
-        )  # a leaf of its own on each device
+        leaf = q.detach().clone().to(place).requires_grad_()
         y = torch.nn.functional.scaled_dot_product_attention(
             leaf, k.to(place), v.to(place), is_causal=True
         )
         y.log_softmax(-1).square().sum().backward()
-        results.append(
-            torch.cat([y.detach().flatten().cpu(), leaf.grad.flatten().cpu()])
-        )
+        results.append(torch.cat([t.detach().flatten().cpu() for t in (y, leaf.grad)]))
     worst = (results[0] - results[1]).abs().max().item()
     if not worst < tolerance:
         raise DeviceError(
-            f"{device} computes attention that is {worst:.1e} off the CPU's; use --device cpu"
+            f"{device} computes attention that is {worst:.1e} off the CPU's; "
+            "use --device cpu"
         )
-
-
-@dataclass(frozen=True)
-class Precision:
-    """In which type the matmuls run, and why. `name` is fp32, bf16 or fp16; weights stay fp32 in all three."""
-
-    name: str
-    reason: str
-    device_type: str
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-            self.name
-        ]
-
-    def autocast(self):
-        """Context in which matmuls run in `dtype`; does nothing for fp32."""
-        if self.name == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device_type, dtype=self.dtype)
-
-    def scaler(self) -> torch.amp.GradScaler:
-        """fp16 needs its gradients scaled up; for the other types the scaler passes everything through."""
-        return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def pick_precision(device: torch.device, name: str = "auto") -> Precision:
-    """Choose a precision for a device: bf16 if it really has it, else fp16 on CUDA, else fp32.
+    """A precision by name; `auto` is what the device has instructions for.
 
-    Raises DeviceError for an unknown name and for fp16 training on the CPU.
+    bf16 if it has them, else fp16 on CUDA, else fp32. Raises DeviceError for an unknown
+    name, and for fp16 on the CPU.
     """
     if name not in PRECISIONS:
-        raise DeviceError(
-            f"unknown precision {name!r}; there are {', '.join(PRECISIONS)}"
-        )
+        known = ", ".join(PRECISIONS)
+        raise DeviceError(f"unknown precision {name!r}; there are {known}")
+    if name == "fp16" and device.type == "cpu":
+        raise DeviceError("fp16 training needs CUDA; use bf16 or fp32 on the CPU")
     if name != "auto":
-        if name == "fp16" and device.type == "cpu":
-            raise DeviceError("fp16 training needs CUDA; use bf16 or fp32 on the CPU")
-        return Precision(name, "asked for", device.type)
+        return Precision(name, device.type)
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        if major >= 8:  # is_bf16_supported() also says yes where bf16 is emulated
-            return Precision(
-                "bf16", f"compute capability {major}.{minor} has bf16 units", "cuda"
-            )
+        capability = f"compute capability {major}.{minor}"
+        if major >= 8:  # is_bf16_supported() says yes where bf16 is emulated, too
+            return Precision("bf16", "cuda", f"{capability} has bf16 units")
         if major >= 7 and fp16_is_sound(device):
-            return Precision(
-                "fp16", f"compute capability {major}.{minor} has no bf16 units", "cuda"
-            )
-        return Precision(
-            "fp32",
-            f"fp16 of compute capability {major}.{minor} is missing or gives NaN",
-            "cuda",
-        )
+            return Precision("fp16", "cuda", f"{capability} has no bf16 units")
+        return Precision("fp32", "cuda", f"{capability} has no fp16, or a faulty one")
     if device.type == "cpu":
-        ratio = cpu_bf16_speed()
-        if ratio > 1.2:
-            return Precision(
-                "bf16", "this processor multiplies bf16 faster than fp32", "cpu"
-            )
-        return Precision("fp32", "bf16 is no faster than fp32 on this processor", "cpu")
-    return Precision("fp32", "the safe choice on this device", device.type)
+        has, why = cpu_has_bf16(cpu_information())
+        return Precision("bf16" if has else "fp32", "cpu", why)
+    return Precision("fp32", device.type, "the safe choice on this device")
 
 
 def fp16_is_sound(device: torch.device) -> bool:
-    """GTX 16xx cards can return NaN from fp16 matmuls: try one, forward and backward."""
+    """GTX 16xx cards can return NaN from fp16 products: try one, both passes."""
     with torch.autocast("cuda", dtype=torch.float16):
         layer = torch.nn.Linear(384, 384, device=device)
         out = layer(torch.ones(64, 384, device=device))
@@ -144,26 +110,29 @@ def fp16_is_sound(device: torch.device) -> bool:
     return bool(torch.isfinite(out).all() and torch.isfinite(layer.weight.grad).all())
 
 
-def cpu_bf16_speed(size: int = 768, seconds: float = 0.1) -> float:
-    """How many times faster the CPU multiplies bf16 matrices than fp32 ones; 0 where it only emulates bf16."""
-    if (
-        platform.machine() in ("x86_64", "AMD64")
-        and not torch.cpu._is_avx512_bf16_supported()
-    ):
-        return 0.0
-    rates = []
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(size, size, dtype=dtype)
-        a @ a  # the first call sets up the kernel
-        done, began = 0, time.perf_counter()
-        while time.perf_counter() - began < seconds:
-            a @ a
-            done += 1
-        rates.append(done / (time.perf_counter() - began))
-    return rates[1] / rates[0]
+def cpu_information(path: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """What Linux says of its first processor; empty on other systems."""
+    if not path.exists():
+        return {}
+    first = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    pairs = (line.partition(":") for line in first)
+    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-# dense peak in TFLOP/s from the makers' data sheets: (fp32 without TF32, bf16 or fp16 with fp32 accumulation)
+def cpu_has_bf16(information: dict[str, str]) -> tuple[bool, str]:
+    """Whether a processor multiplies bf16 matrices faster than fp32 ones, and why."""
+    flags = information.get("flags", "").split()
+    if "amx_bf16" in flags:
+        return True, "the processor has AMX for bf16"
+    if "avx512_bf16" in flags and information.get("vendor_id") == "AuthenticAMD":
+        return True, "the processor has AVX-512 for bf16, at AMD's full speed"
+    if "avx512_bf16" in flags:
+        return False, "bf16 without AMX is slow on this maker's processors"
+    return False, "the processor has no bf16 instructions"
+
+
+# dense peak in TFLOP/s from the makers' data sheets:
+# fp32 without TF32, and 16 bits with fp32 accumulation
 GPU_PEAKS = {
     "H200": (67, 989),
     "H100 PCIe": (51, 756),
@@ -181,18 +150,17 @@ GPU_PEAKS = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of a device in a precision, or None where no data sheet is at hand (any CPU, other cards)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    for key, (fp32, half) in GPU_PEAKS.items():
-        if re.search(rf"\b{key}\b", name):
-            return 1e12 * (fp32 if precision == "fp32" else half)
+    """Peak FLOP/s of a device in a precision; None where no data sheet is at hand."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, (fp32, half) in GPU_PEAKS.items():
+            if re.search(rf"\b{key}\b", name):
+                return 1e12 * (fp32 if precision == "fp32" else half)
     return None
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: of the CUDA allocator, or of the whole process on the CPU."""
+    """Most bytes in use so far: of the CUDA allocator, or of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -212,17 +180,66 @@ def total_memory(device: torch.device) -> int | None:
     return None
 
 
+OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of whatever class, says that memory ran out."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+@contextlib.contextmanager
+def memory_advice() -> Iterator[None]:
+    """Turns an error that says that memory ran out into a DeviceError with the cure."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceError(
+            "out of memory; halve --micro-batch-size (the tokens per step stay the "
+            "same); if it is 1 already, the model or its block_size is too large here"
+        ) from error
+
+
 def describe_machine(device: torch.device) -> dict:
     """What a run records about where it runs."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = cpu_information().get("model name") or platform.processor()
+    if sys.platform == "darwin":
+        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        name = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     return {
         "device": device.type,
-        "device_name": name,
+        "device_name": name or platform.machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def describe_code() -> dict:
+    """Version, commit (None if it is not a checkout) and hash of gptlib's own files."""
+    folder, digest = Path(gptlib.__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(path.read_bytes())
+    commit = None
+    if (folder.parent / ".git").exists():
+        with contextlib.suppress(OSError):
+            asked = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+            answer = subprocess.run(asked, capture_output=True, text=True)
+            commit = answer.stdout.strip() or None
+    files = digest.hexdigest()[:16]
+    return {"version": gptlib.__version__, "commit": commit, "files": files}
+
+
+def make_deterministic() -> None:
+    """Deterministic CUDA kernels from here on; call it before the first of them."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)

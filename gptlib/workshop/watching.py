@@ -6,22 +6,32 @@ Tangled from book/workshop/W6_watching.md; change it there, not here.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
+import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
-from gptlib.workshop.checkpoints import write_text
+import tyro
+from tqdm import tqdm
+
+from gptlib import GptlibError
+from gptlib.training import TrainConfig
+from gptlib.workshop.files import FileError, write_whole
 
 
-def read_rows(path: Path) -> list[dict]:
-    """Rows of a JSONL file up to the first that cannot be read: a last line cut off by a kill is left out."""
-    path = Path(path)
-    return [row for row, _ in whole_lines(path)] if path.exists() else []
+class WatchError(GptlibError):
+    """A run that cannot be watched, or a logger that is not there."""
 
 
 def whole_lines(path: Path) -> list[tuple[dict, str]]:
-    """(row, its line) of a file's lines, up to the first that is not whole JSON."""
+    """(row, its line) of a JSONL file, up to the first line that is not whole JSON."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
         try:
@@ -31,29 +41,35 @@ def whole_lines(path: Path) -> list[tuple[dict, str]]:
     return lines
 
 
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a JSONL file, up to the first that is not whole."""
+    path = Path(path)
+    return [row for row, _ in whole_lines(path)] if path.exists() else []
+
+
 def cut_rows(path: Path, step: int) -> None:
     """Drop the rows after `step`, as a resumed run will write them again."""
     path = Path(path)
     if path.exists():
         kept = [line for row, line in whole_lines(path) if row["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in kept))
+        write_whole(path, "".join(line + "\n" for line in kept))
 
 
 class RowWriter:
-    """Appends rows to a JSONL file, one write a row, so that a reader never sees half of one for long."""
+    """Appends rows to a JSONL file, each with one write."""
 
     def __init__(self, path: Path):
         self.file = Path(path).open("a", encoding="utf-8", newline="\n")
 
     def write(self, row: dict) -> None:
-        """Raises OSError, with the cure, when the disk is full, for example."""
+        """Raises FileError when the disk is full, for example."""
         try:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
         except OSError as error:
-            raise OSError(
-                f"{self.file.name} cannot be written ({error.strerror}); the last checkpoint is whole: "
-                "make room and run the same command again"
+            raise FileError(
+                f"{self.file.name} cannot be written ({error.strerror}); the last "
+                "checkpoint is whole: make room and run the same command again"
             ) from error
 
     def sync(self) -> None:
@@ -61,36 +77,23 @@ class RowWriter:
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        with contextlib.suppress(
-            OSError
-        ):  # a row that could not be written has been reported
+        with contextlib.suppress(OSError):  # it has been reported
             self.file.close()
 
 
 def plot_run(run: Path, ax=None, *, floor: float | None = None):
-    """Training and validation loss of a run so far, drawn from its files. Returns the axes."""
+    """Training and validation loss of a run so far. Returns the axes."""
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots()[1]
     rows = read_rows(Path(run) / "metrics.jsonl")
-    steps = [(r["step"], r["loss"]) for r in rows if "loss" in r]
-    evals = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
-    if steps:
-        ax.plot(
-            *zip(*steps, strict=True),
-            color="C0",
-            alpha=0.6,
-            linewidth=1,
-            label="training",
-        )
-    if evals:
-        ax.plot(
-            *zip(*evals, strict=True),
-            color="C1",
-            marker="o",
-            markersize=4,
-            label="validation",
-        )
+    for key, name, style in (
+        ("loss", "training", {"color": "C0", "alpha": 0.6, "linewidth": 1}),
+        ("validation_loss", "validation", {"color": "C1", "marker": "o"}),
+    ):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            ax.plot(*zip(*points, strict=True), markersize=4, label=name, **style)
     if floor is not None:
         ax.axhline(floor, color="C2", linestyle="--", label="entropy floor")
     ax.set(xlabel="step", ylabel="loss (nats per token)")
@@ -102,54 +105,63 @@ def plot_run(run: Path, ax=None, *, floor: float | None = None):
 def status_line(run: Path) -> str:
     """One line on how far a run is."""
     plan = json.loads((Path(run) / "run.json").read_text(encoding="utf-8"))["config"]
-    rows, times = (
-        read_rows(Path(run) / "metrics.jsonl"),
-        read_rows(Path(run) / "timings.jsonl"),
-    )
-    times = [r for r in times if "tokens_per_second" in r]
-    losses = [r for r in rows if "loss" in r]
-    evals = [r for r in rows if "validation_loss" in r]
-    parts = [f"step {losses[-1]['step'] if losses else 0:,} of {plan['steps']:,}"]
-    if losses:
-        parts.append(f"loss {losses[-1]['loss']:.3f}")
-    if evals:
-        parts.append(f"validation {evals[-1]['validation_loss']:.3f}")
-    if times and losses:
-        parts.append(f"{times[-1]['tokens_per_second']:,.0f} tokens/s")
-        left = (plan["steps"] - losses[-1]["step"]) * times[-1]["seconds_per_step"]
+    rows = read_rows(Path(run) / "metrics.jsonl")
+    times = read_rows(Path(run) / "timings.jsonl")
+    last = {key: value for row in rows + times for key, value in row.items()}
+    step = max((row["step"] for row in rows if "loss" in row), default=0)
+    parts = [f"step {step:,} of {plan['steps']:,}"]
+    if "loss" in last:
+        parts.append(f"loss {last['loss']:.3f}")
+    if "validation_loss" in last:
+        parts.append(f"validation {last['validation_loss']:.3f}")
+    if "tokens_per_second" in last:
+        left = (plan["steps"] - step) * last["seconds_per_step"]
+        parts.append(f"{last['tokens_per_second']:,.0f} tokens/s")
         parts.append(f"{left / 3600:.1f} h left")
     return ", ".join(parts)
 
 
-def watch(run: Path, *, every: float = 10.0, rounds: int | None = None) -> None:
-    """Redraw the curves in a notebook, or print the status line in a terminal, while another process trains.
+def in_notebook() -> bool:
+    """Whether this code runs in a notebook's kernel."""
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    return get_ipython() is not None and "IPKernelApp" in get_ipython().config
 
-    every: seconds between looks; rounds: how many looks (None: until interrupted). It only reads.
+
+def watch(
+    run: Annotated[Path, tyro.conf.Positional],
+    *,
+    every: float = 10.0,
+    rounds: int | None = None,
+) -> None:
+    """Follow a run that another process trains; it only reads.
+
+    A terminal gets a line each time, a notebook the curves as well.
+
+    Args:
+        run: folder of the run
+        every: seconds between two looks
+        rounds: number of looks; without it, until interrupted
     """
     if not (Path(run) / "run.json").exists():
-        raise FileNotFoundError(
-            f"{run}: no run.json there; give the --out folder of a run"
-        )
-    try:
-        from IPython import display, get_ipython
-
-        in_notebook = (
-            get_ipython() is not None and "IPKernelApp" in get_ipython().config
-        )
-    except ImportError:
-        in_notebook = False
+        raise WatchError(f"{run}: no run.json there; give the --out folder of a run")
     look = 0
     while rounds is None or look < rounds:
         if look:
             time.sleep(every)
         look += 1
-        print(status_line(run), flush=True)
-        if in_notebook:
+        if in_notebook():
             import matplotlib.pyplot as plt
+            from IPython import display
 
             plot_run(run)
-            display.clear_output(wait=True)
+            display.clear_output(wait=True)  # before the line, which would go as well
+            print(status_line(run), flush=True)
             plt.show()
+        else:
+            print(status_line(run), flush=True)
 
 
 class NoLogger:
@@ -188,14 +200,13 @@ class WandbLogger:
 
         own = Path(run) / "wandb-id"  # the legs of a run are one run there too
         if not own.exists():
-            write_text(own, os.urandom(8).hex())
+            write_whole(own, os.urandom(8).hex())
         options = {"id": own.read_text(), "name": Path(run).name, "resume": "allow"}
         self.run = wandb.init(project="gptlib", dir=str(run), config=config, **options)
 
     def log(self, row: dict, step: int) -> None:
-        self.run.log(
-            {key: value for key, value in row.items() if key != "step"}, step=step
-        )
+        numbers = {key: value for key, value in row.items() if key != "step"}
+        self.run.log(numbers, step=step)
 
     def close(self) -> None:
         self.run.finish()
@@ -209,12 +220,167 @@ LOGGERS = {
 
 
 def make_logger(name: str, run: Path, config: dict, step: int = 0):
-    """A logger by name, for a leg that begins after `step`. Raises ValueError for an unknown name, ImportError naming what to install."""
+    """A logger by name, for a leg that begins after `step`. Raises WatchError."""
     if name not in LOGGERS:
-        raise ValueError(f"unknown logger {name!r}; there are {', '.join(LOGGERS)}")
+        raise WatchError(f"unknown logger {name!r}; there are {', '.join(LOGGERS)}")
     try:
         return LOGGERS[name](run, config, step)
     except ImportError:
-        raise ImportError(
+        raise WatchError(
             f"--log {name} needs its package; install it with: pip install {name}"
         ) from None
+
+
+class Terminal:
+    """Standard error, which nobody may be left to read: Ctrl-C ends `| tee log` too."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(sys.stderr, name)
+
+
+def say(text: str) -> None:
+    """A line to the terminal, if somebody reads it."""
+    print(text, file=Terminal(), flush=True)
+
+
+class StopRequest:
+    """Makes the first SIGINT or SIGTERM a flag; a second one ends the process."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self.before: dict = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame) -> None:
+        self.signal = number
+        self.restore()
+        with contextlib.suppress(OSError):  # a print may be interrupted by the signal
+            os.write(2, b"\nstopping after this step; signal again to leave at once\n")
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def __exit__(self, *error) -> None:
+        self.restore()
+
+
+class Journal:
+    """What a leg writes besides checkpoints, and its progress bar.
+
+    `metrics.jsonl` has what is exact, `timings.jsonl` what is measured. ideal_seconds:
+    of a step at the device's peak, or None.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        config: TrainConfig,
+        step: int,
+        *,
+        log: str = "none",
+        progress: bool = True,
+        ideal_seconds: float | None = None,
+    ):
+        self.tokens, self.ideal_seconds = config.tokens_per_step, ideal_seconds
+        self.metrics = RowWriter(run / "metrics.jsonl")
+        self.timings = RowWriter(run / "timings.jsonl")
+        self.logger = make_logger(log, run, dataclasses.asdict(config), step)
+        options = {"disable": not progress, "file": Terminal(), "unit": "step"}
+        self.bar = tqdm(total=config.steps, initial=step, **options)
+
+    def step(self, row: dict, seconds: float, peak_bytes: int) -> None:
+        rate = self.tokens / seconds
+        timing = {"step": row["step"], "seconds_per_step": seconds}
+        timing |= {"tokens_per_second": rate, "peak_bytes": peak_bytes}
+        if self.ideal_seconds:
+            timing["mfu"] = self.ideal_seconds / seconds
+        self.metrics.write(row)
+        self.timings.write(timing)
+        self.logger.log(row | timing, row["step"])
+        self.bar.update()
+        text = f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s"
+        self.bar.set_postfix_str(text, refresh=False)
+
+    def evaluation(self, step: int, loss: float) -> None:
+        row = {"step": step, "validation_loss": loss}
+        self.metrics.write(row)
+        self.logger.log(row, step)
+        if not self.bar.disable:
+            self.bar.write(f"step {step}: validation loss {loss:.4f}", file=Terminal())
+
+    def saved(self, step: int, seconds: float) -> None:
+        self.timings.write({"step": step, "save_seconds": seconds})
+
+    def sync(self) -> None:
+        """Return when all rows are on the disk."""
+        self.metrics.sync()
+        self.timings.sync()
+
+    def close(self) -> None:
+        for thing in (self.metrics, self.timings, self.logger, self.bar):
+            thing.close()
+
+
+class Clock:
+    """Tells a leg how long a step took, when to save and when to end."""
+
+    def __init__(
+        self, max_steps: int | None, max_minutes: float | None, save_minutes: float
+    ):
+        self.max_steps, self.save_minutes, self.steps = max_steps, save_minutes, 0
+        self.max_minutes = math.inf if max_minutes is None else max_minutes
+        self.began = self.last_step = self.last_save = time.perf_counter()
+
+    def step(self) -> float:
+        """Seconds since the last step ended."""
+        seconds = time.perf_counter() - self.last_step
+        self.steps += 1
+        self.restart_step()
+        return seconds
+
+    def restart_step(self) -> None:
+        """The next step is timed from here."""
+        self.last_step = time.perf_counter()
+
+    def saved(self) -> None:
+        self.last_save = self.last_step = time.perf_counter()
+
+    def save_is_due(self) -> bool:
+        return time.perf_counter() - self.last_save >= 60 * self.save_minutes
+
+    def leg_is_over(self) -> bool:
+        late = time.perf_counter() - self.began >= 60 * self.max_minutes
+        return late or self.steps == self.max_steps
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """For command lines: what a user can mend ends the program with one line."""
+    try:
+        yield
+    except GptlibError as error:
+        sys.exit(f"gptlib: {error}")
+
+
+def main() -> None:
+    """`python -m gptlib.workshop.watching RUN`."""
+    with errors_in_one_line(), contextlib.suppress(KeyboardInterrupt):
+        tyro.cli(watch)
+
+
+if __name__ == "__main__":
+    main()

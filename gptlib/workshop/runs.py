@@ -1,0 +1,505 @@
+"""A run that goes on for days.
+
+Tangled from book/workshop/W7_runs.md; change it there, not here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from gptlib import GptlibError
+from gptlib.batches import Batches
+from gptlib.corpus import load_corpus
+from gptlib.gpt import GPT
+from gptlib.sampling import sample_texts, stream_text
+from gptlib.tokenizer import Tokenizer, load_tokenizer
+from gptlib.training import (
+    PRESETS,
+    TrainConfig,
+    TrainState,
+    WithLoss,
+    fit_micro_batch,
+    fresh_model,
+    optimizer_of,
+    plain_loss,
+    train,
+    validation_loss,
+)
+from gptlib.workshop import devices
+from gptlib.workshop.checkpoints import Checkpoints, weights_hash
+from gptlib.workshop.distribution import Processes, process_device, processes
+from gptlib.workshop.files import cache_dir, lock, remove_leftovers, write_whole
+from gptlib.workshop.token_files import load_tokens
+from gptlib.workshop.watching import (
+    LOGGERS,
+    Clock,
+    Journal,
+    StopRequest,
+    cut_rows,
+    say,
+)
+
+
+class RunError(GptlibError):
+    """A run that cannot be started, resumed or read."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How and where a run is carried out; not meant to change what it learns."""
+
+    out: Path  # folder of the run
+    device: str = "auto"
+    precision: str = "auto"
+    micro_batch_size: int = 12  # most sequences per forward pass; bounds the memory
+    max_steps: int | None = None  # stop this leg after so many steps
+    max_minutes: float | None = None  # stop this leg after so many minutes
+    save_minutes: float = 10.0  # between checkpoints; each evaluation saves one too
+    keep: int = 2  # checkpoints kept besides the best
+    log: str = "none"  # or tensorboard, wandb
+    deterministic: bool = False  # deterministic CUDA kernels; the CPU's are anyway
+    progress: bool = True
+
+    def __post_init__(self):
+        limits = {"micro_batch_size": 1, "max_steps": 1, "keep": 1}
+        for name, low in (limits | {"max_minutes": 0, "save_minutes": 0}).items():
+            value = getattr(self, name)
+            if value is not None and not low <= value < math.inf:
+                raise RunError(f"{name} is {value}; it must be at least {low}")
+        for name, known in (("log", LOGGERS), ("precision", devices.PRECISIONS)):
+            if (value := getattr(self, name)) not in known:
+                there = ", ".join(known)
+                raise RunError(f"unknown {name} {value!r}; there are {there}")
+
+
+def read_record(run: Path) -> dict | None:
+    """What `run.json` says, or None if there is none."""
+    path = Path(run) / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record | {"config": TrainConfig.from_dict(record["config"])}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: damaged or unreadable ({error}); restore it") from None
+
+
+def own_tokenizer(run: Path, record: dict) -> Tokenizer:
+    """The tokenizer in a run's folder. Raises RunError if it is not the run's own."""
+    tokenizer = Tokenizer.load(run / "tokenizer.json")
+    if tokenizer.hash != record["tokenizer_hash"]:
+        raise RunError(
+            f"{run}: tokenizer.json is not the tokenizer that the run was trained "
+            "with; restore it"
+        )
+    return tokenizer
+
+
+def decisive(config: TrainConfig) -> dict:
+    """The settings that decide what a run learns, by name, the schedule in steps."""
+    values = dataclasses.asdict(config)
+    values |= {f"model.{key}": value for key, value in values.pop("model").items()}
+    others = ("eval_interval", "eval_sequences")
+    others += ("warmup_fraction", "decay_fraction", "cooldown_fraction")
+    return {k: v for k, v in values.items() if k not in others} | config.spans()
+
+
+def check_folder(out: Path, config: TrainConfig) -> dict | None:
+    """The record of the run in a folder; None if a new one can begin there.
+
+    Raises RunError if the folder holds a run of other settings, or something else. It
+    reads nothing but `run.json` and writes nothing.
+    """
+    record = read_record(out)
+    if record is None:
+        first = ("lock", "tokenizer.json", "run.json.tmp-")  # all that a kill can leave
+        if out.exists() and not (
+            out.is_dir() and all(p.name.startswith(first) for p in out.iterdir())
+        ):
+            raise RunError(f"{out} is not empty and holds no run; choose another --out")
+        return None
+    before, now = decisive(record["config"]), decisive(config)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise RunError(
+                f"{out} holds a run with {key} = {before.get(key)}, not "
+                f"{now.get(key)}; choose another --out or delete it"
+            )
+    return record
+
+
+def check_record(old: dict, new: dict, out: Path) -> None:
+    """Raises RunError if the data differ; says so if only machine or code do."""
+    splits = old["data"].keys() | new["data"].keys()
+    changed = [s for s in sorted(splits) if old["data"].get(s) != new["data"].get(s)]
+    if changed:
+        raise RunError(
+            f"{out} was trained on another text under the name "
+            f"{new['config']['corpus']!r} (split {', '.join(changed)} differs); "
+            "restore it, or choose another --out"
+        )
+    was, now = old["machine"], new["machine"]
+    differences = [f"{k} {was.get(k)} -> {now[k]}" for k in now if was.get(k) != now[k]]
+    codes = [(r.get("code") or {}).get("files", "unknown") for r in (old, new)]
+    if codes[0] != codes[1]:
+        differences.append(f"gptlib's code {codes[0]} -> {codes[1]}")
+    if differences:
+        say(
+            f"resuming on a changed machine ({'; '.join(differences)}): "
+            "not bit for bit the same run"
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model with all that is needed to use it."""
+
+    path: Path
+    model: GPT
+    tokenizer: Tokenizer
+    config: TrainConfig
+    step: int
+
+    def sample(self, prompt: str | Sequence[str] = "", *args, **options):
+        """The prompt with its continuation; for a list of prompts a list of texts.
+
+        Arguments as in `gptlib.sampling.stream_text`: max_new_tokens, temperature,
+        top_k, top_p, seed.
+        """
+        if isinstance(prompt, str):
+            return "".join(self.stream(prompt, *args, **options))
+        return sample_texts(self.model, self.tokenizer, prompt, *args, **options)
+
+    def stream(self, prompt: str = "", *args, **options) -> Iterator[str]:
+        """Yield the same text piece by piece, as it is drawn."""
+        return stream_text(self.model, self.tokenizer, prompt, *args, **options)
+
+
+def load_run(path: Path | str, which: str = "best", *, device: str = "cpu") -> Run:
+    """The model of a run: its `best` checkpoint by validation loss, or its `last`.
+
+    A damaged checkpoint is reported and the newest whole one taken. The optimiser's
+    state is not read. Raises RunError, CheckpointError.
+    """
+    path, record = Path(path), read_record(path)
+    if which not in ("best", "last"):
+        raise RunError(f"which is {which!r}; it must be best or last")
+    if record is None:
+        raise RunError(f"{path}: no run.json there; give the --out folder of a run")
+    tokenizer = own_tokenizer(path, record)
+    checkpoints, found = Checkpoints(path / "checkpoints", say=say), None
+    if which == "best":
+        found = checkpoints.load_best(model_only=True)
+    found = found or checkpoints.load_newest(model_only=True)
+    if found is None:
+        raise RunError(f"{path}: no checkpoint yet; let the run reach its first one")
+    model = GPT(record["config"].model)
+    model.load_state_dict(found[1]["model"])
+    model = model.to(devices.pick_device(device)).eval()
+    return Run(path, model, tokenizer, record["config"], found[0])
+
+
+def load_init(model: GPT, source: Run, tokenizer: Tokenizer) -> None:
+    """Copy the weights of a run into a model. Raises RunError if they do not fit."""
+    there, here = source.model.config, model.config
+    for field in dataclasses.fields(here):
+        was, now = getattr(there, field.name), getattr(here, field.name)
+        if was != now and field.name != "dropout":
+            raise RunError(
+                f"--init {source.path}: its model has {field.name} = {was}, this one "
+                f"{now}; set --model.{field.name.replace('_', '-')} {was}"
+            )
+    if source.tokenizer.hash != tokenizer.hash:
+        raise RunError(
+            f"--init {source.path}: its tokenizer is another one; use "
+            f"--tokenizer {source.path / 'tokenizer.json'}"
+        )
+    model.load_state_dict(source.model.state_dict())
+
+
+class Leg:
+    """One stretch of a run, from where it stands to its end, a limit or a signal."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        options: RunOptions,
+        world: Processes,
+        loss_fn: Callable[[GPT, Tensor, Tensor], Tensor],
+        open_init: Callable[[str], Run],
+    ):
+        self.config, self.options, self.world = config, options, world
+        self.out = Path(options.out)
+        record = check_folder(self.out, config)
+        size = options.micro_batch_size
+        self.micro_batch_size = fit_micro_batch(config.batch_size, size, world.size)
+        self.checkpoints = Checkpoints(self.out / "checkpoints", options.keep, self.say)
+        self.tokenizer, tokens = self.open_data(record)
+        ids = {name: tokens.split(name).ids for name in ("train", "validation")}
+        block, seed, n = config.model.block_size, config.seed, config.eval_sequences
+        self.batches = Batches(ids["train"], config.batch_size, block, seed)
+        self.eval_batches = Batches(ids["validation"], n, block, seed)
+        precision = options.precision
+        if record and precision == "auto":  # settled when the run began
+            precision = record["machine"].get("precision", precision)
+        precision = devices.pick_precision(world.device, precision)
+        model = fresh_model(config)
+        begun = bool(self.checkpoints.steps())
+        if config.init and not begun:
+            load_init(model, open_init(config.init), self.tokenizer)
+        if world.is_main:
+            splits = tokens.manifest["splits"].items()
+            machine = devices.describe_machine(world.device)
+            machine |= {"precision": precision.name, "processes": world.size}
+            machine |= {"micro_batch_size": self.micro_batch_size}
+            machine |= {"loss": getattr(loss_fn, "__name__", None) or str(loss_fn)}
+            new = {
+                "config": dataclasses.asdict(config),
+                "machine": machine,
+                "code": devices.describe_code(),
+                "tokenizer_hash": self.tokenizer.hash,
+                "data": {split: entry["sha256"] for split, entry in splits},
+                "held_out": tokens.manifest.get("held_out"),
+            }
+            if config.init and not begun:
+                new["init_hash"] = weights_hash(model)
+            self.write_record(record, new)
+            remove_leftovers(self.out)
+            remove_leftovers(self.checkpoints.folder)
+            world.wait()  # from here on the others read what is cached
+        model = model.to(world.device)
+        self.state = TrainState(model, optimizer_of(model, config), precision)
+        self.restore(record)
+        self.module = WithLoss(model, loss_fn)
+        limits = options.max_steps, options.max_minutes, options.save_minutes
+        self.clock, self.request = Clock(*limits), StopRequest()
+        self.journal = self.open_journal() if world.is_main else None
+
+    def open_data(self, record: dict | None):
+        """Tokenizer and tokens; a run that has begun keeps its own tokenizer."""
+        config = self.config
+        corpus = load_corpus(config.corpus)
+        if record:
+            tokenizer = own_tokenizer(self.out, record)
+        else:
+            tokenizer = load_tokenizer(config.tokenizer, corpus)
+        if tokenizer.n_vocab > config.model.vocab_size:
+            raise RunError(
+                f"the tokenizer has {tokenizer.n_vocab} ids, the model room for "
+                f"{config.model.vocab_size}; raise --model.vocab-size"
+            )
+        progress = self.options.progress and self.world.is_main
+        return tokenizer, load_tokens(corpus, tokenizer, progress=progress)
+
+    def write_record(self, old: dict | None, new: dict) -> None:
+        """Make the folder a run, or check that it is the run that it was."""
+        if old:
+            check_record(old, new, self.out)
+            if old.get("init_hash") != new.get("init_hash", old.get("init_hash")):
+                raise RunError(
+                    f"--init {self.config.init}: its weights have changed since this "
+                    "run began; choose another --out"
+                )
+            if old["config"] == self.config:
+                return
+            new = old | {"config": new["config"]}  # another interval of evaluation
+        try:
+            if not old:
+                self.tokenizer.save(self.out / "tokenizer.json")
+            write_whole(self.out / "run.json", json.dumps(new, indent=1) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"{self.out} cannot be written ({error.strerror}); make room"
+            ) from error
+
+    def restore(self, record: dict | None) -> None:
+        """Take up the newest whole checkpoint, the same one in all processes."""
+        found = self.checkpoints.load_newest() if self.world.is_main else None
+        step = self.world.from_main(found[0] if found else -1)
+        if step >= 0:
+            self.state.load_state_dict(
+                found[1] if found else self.checkpoints.load(step)
+            )
+        if record and record["config"].eval_sequences != self.config.eval_sequences:
+            self.state.best = math.inf  # measured on other crops
+        if self.world.is_main:  # what came after the checkpoint is done again
+            for name in ("metrics.jsonl", "timings.jsonl"):
+                cut_rows(self.out / name, step)
+
+    def open_journal(self) -> Journal:
+        state, options, config = self.state, self.options, self.config
+        peak = devices.peak_flops(self.world.device, state.precision.name)
+        flops = state.model.flops_per_token() * config.tokens_per_step
+        ideal = flops / peak / self.world.size if peak else None
+        shown = {"log": options.log, "progress": options.progress}
+        return Journal(self.out, config, state.step, ideal_seconds=ideal, **shown)
+
+    def say(self, text: str) -> None:
+        if self.world.is_main:
+            say(text)
+
+    def run(self) -> None:
+        """Train to the end of this leg."""
+        state, precision = self.state, self.state.precision
+        self.say(
+            f"{self.world.device.type}, {precision.name} ({precision.reason}), "
+            f"from step {state.step}"
+        )
+        with contextlib.closing(self.journal or io.StringIO()), self.request:
+            if state.step == 0:
+                self.evaluate()
+            how = {"micro_batch_size": self.micro_batch_size, "world": self.world}
+            how |= {"on_step": self.after_step}
+            train(state, self.world.wrap(self.module), self.batches, self.config, **how)
+        if state.step < self.config.steps:
+            self.say(
+                f"stopped at step {state.step} of {self.config.steps}, all of it "
+                "saved; the same command goes on from here"
+            )
+
+    def after_step(self, row: dict) -> bool:
+        """Write, evaluate and save when it is time; whether the leg ends here."""
+        seconds = self.clock.step()
+        if self.journal:
+            self.journal.step(row, seconds, devices.peak_memory(self.world.device))
+        step, last = self.state.step, self.config.steps
+        evaluates = step == last or step % self.config.eval_interval == 0
+        if evaluates:
+            self.evaluate()
+        asked = self.clock.leg_is_over() or self.request.signal is not None
+        stop = self.world.any(asked)
+        if evaluates or stop or self.clock.save_is_due():
+            self.save()
+        return stop
+
+    def evaluate(self) -> None:
+        if self.journal:
+            state = self.state
+            how = (self.eval_batches, state.precision, self.micro_batch_size)
+            loss = validation_loss(self.module, *how)
+            if not math.isfinite(loss):
+                raise RunError(
+                    f"step {state.step}: validation loss {loss}; the last checkpoint "
+                    "is whole: begin another run with a lower learning rate"
+                )
+            if loss < state.best:
+                state.best, state.best_step = loss, state.step
+            self.journal.evaluation(state.step, loss)
+        self.clock.restart_step()
+
+    def save(self) -> None:
+        if self.journal:
+            began, step = time.perf_counter(), self.state.step
+            self.journal.sync()  # rows reach the disk before the checkpoint does
+            state = self.state.state_dict()
+            self.checkpoints.save(step, state, best=self.state.best_step)
+            self.journal.saved(step, time.perf_counter() - began)
+        self.clock.saved()
+
+
+def run_training(
+    config: TrainConfig,
+    options: RunOptions,
+    *,
+    loss_fn: Callable[[GPT, Tensor, Tensor], Tensor] = plain_loss,
+    open_init: Callable[[str], Run] = load_run,
+) -> Run | None:
+    """Start or resume the run in `options.out`, and train to the end of this leg.
+
+    open_init: opens what `config.init` names. Returns the run as it stands; None in
+    processes other than the first. Raises GptlibError's subclasses.
+    """
+    out = Path(options.out)
+    if options.deterministic:
+        devices.make_deterministic()
+    with processes(process_device(options.device)) as world, devices.memory_advice():
+        if check_folder(out, config):  # a cheap refusal first
+            steps = Checkpoints(out / "checkpoints").steps()
+            if steps and steps[-1] >= config.steps:
+                run = load_run(out, "last", device=str(world.device))
+                if run.step >= config.steps:
+                    if world.is_main:
+                        say(f"{out} is finished: {run.step} steps; nothing to do")
+                    return run if world.is_main else None
+        held = lock(out / "lock", wait=False)
+        with held if world.is_main else contextlib.nullcontext():
+            if not world.is_main:
+                world.wait()  # the main process fills the caches first
+            leg = Leg(config, options, world, loss_fn, open_init)
+            leg.run()
+        model = leg.state.model.eval()
+        run = Run(out, model, leg.tokenizer, config, leg.state.step)
+        return run if world.is_main else None
+
+
+def branch_run(parent: Path | str, out: Path | str) -> TrainConfig:
+    """Make `out` a run that cools down from where a trapezoid's run stands.
+
+    It begins with the newest checkpoint of `parent`, optimiser and all; the plateau
+    ends there and the cool-down's share of the steps stays. Returns its configuration,
+    to go on with; also if `out` is such a branch already. Raises RunError.
+    """
+    parent, out = Path(parent).resolve(), Path(out)
+    source, own = read_record(parent), read_record(out)
+    if source is None:
+        raise RunError(f"{parent}: no run.json there; give the --out folder of a run")
+    if own and own.get("parent", {}).get("path") == str(parent):
+        return own["config"]
+    if own or (out.exists() and any(out.iterdir())):
+        raise RunError(f"{out} is not empty and no branch of {parent}; choose another")
+    config, found = source["config"], Checkpoints(parent / "checkpoints", say=say)
+    step, state = found.load_newest() or (0, {})
+    spans = {"warmup_steps": 0, "cooldown_steps": config.steps} | config.spans()
+    plateau = spans["warmup_steps"], config.steps - spans["cooldown_steps"]
+    if config.schedule != "trapezoid" or not plateau[0] < step <= plateau[1]:
+        raise RunError(
+            f"{parent} stands at step {step} of a {config.schedule}; only a trapezoid "
+            "can branch, from its plateau"
+        )
+    steps = round(step / (1 - config.cooldown_fraction))
+    warmup = spans["warmup_steps"] / steps
+    config = dataclasses.replace(config, steps=steps, warmup_fraction=warmup)
+    record = source | {"config": dataclasses.asdict(config)}
+    record["parent"] = {"path": str(parent), "step": step}
+    scratch = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    try:
+        Checkpoints(scratch / "checkpoints").save(step, state)
+        for name in ("tokenizer.json", "metrics.jsonl", "timings.jsonl"):
+            shutil.copyfile(parent / name, scratch / name)
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            cut_rows(scratch / name, step)
+        write_whole(scratch / "run.json", json.dumps(record, indent=1) + "\n")
+        os.replace(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return config
+
+
+def small_run() -> Run:
+    """A model trained on TinyWiki for under a minute, once; then it is cached.
+
+    The cache is keyed by its configuration and by gptlib's files, so it is never stale.
+    """
+    demo = PRESETS["demo"]
+    steps = demo.steps // 2
+    config = dataclasses.replace(demo, steps=steps, eval_interval=steps // 2)
+    key = hashlib.sha256(
+        f"{config} {devices.describe_code()['files']}".encode()
+    ).hexdigest()
+    out = cache_dir() / "small_runs" / key[:16]
+    options = RunOptions(out, precision="fp32", micro_batch_size=16, progress=False)
+    with lock(out.with_suffix(".lock")), contextlib.redirect_stderr(io.StringIO()):
+        return run_training(config, options)
