@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import gptlib.workshop.tinywiki
 from gptlib.corpus import Corpus, Piece, cache_dir, load_corpus
 from gptlib.tokenizer import Tokenizer
 from gptlib.workshop.checkpoints import one_at_a_time
+from gptlib.workshop.tinywiki import fingerprint
 
 
 def crops(
@@ -267,7 +267,7 @@ def corpus_key(name: str) -> str:
     """A folder name for a corpus: readable, and different for different files behind one name."""
     seen = [name]
     if name == "tinywiki":  # its text is its program
-        seen.append(Path(gptlib.workshop.tinywiki.__file__).read_text(encoding="utf-8"))
+        seen.append(fingerprint())
     for place in (
         Path(name.partition(":")[0]),
         Path(os.environ.get("GPTLIB_DATA", ".")) / name.partition(":")[0],

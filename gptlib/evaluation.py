@@ -8,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -24,11 +23,10 @@ from gptlib.batches import TokenSplit, load_tokens
 from gptlib.corpus import load_corpus
 from gptlib.gpt import GPT
 from gptlib.objective import bits_per_byte, perplexity
-from gptlib.sampling import generate
 from gptlib.tokenizer import Tokenizer
-from gptlib.training import LoadedRun, errors_in_one_line, load_run
+from gptlib.training import errors_in_one_line, load_run
 from gptlib.workshop.checkpoints import write_text
-from gptlib.workshop.tinywiki import Probe, TinyWiki
+from gptlib.workshop.tinywiki import TinyWiki
 
 
 def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -266,153 +264,6 @@ def tinywiki_floor(split: str, documents: int) -> float:
     )
 
 
-@torch.no_grad()
-def continuation_log_probs(
-    model: GPT, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
-) -> Tensor:
-    """Log-probability in nats of each continuation of a prompt, (n,); a long prompt loses its oldest tokens."""
-    lengths = torch.tensor([len(c) for c in continuations], device=model.device)
-    width = int(lengths.max())
-    prompt = list(prompt)[-(model.config.block_size + 1 - width) :]
-    rows = [[*prompt, *c, *[0] * (width - len(c))] for c in continuations]
-    tokens = torch.tensor(rows, device=model.device)  # (n, T)
-    hidden = model.hidden(tokens[:, :-1])[
-        :, len(prompt) - 1 :
-    ]  # (n, width, C), what predicts the continuations
-    log_probs = model.head(hidden).float().log_softmax(-1)
-    found = log_probs.gather(-1, tokens[:, len(prompt) :, None])[..., 0]  # (n, width)
-    return found.masked_fill(
-        torch.arange(width, device=model.device) >= lengths[:, None], 0.0
-    ).sum(1)
-
-
-def names_drawn(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    is_name: Callable[[str], bool],
-    draws: int,
-    temperature: float,
-    generator: torch.Generator,
-) -> int:
-    """In how many of `draws` continuations of a prompt a person's name comes first."""
-    ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
-    tokens = torch.tensor([ids], device=model.device).expand(draws, -1)
-    options = {
-        "temperature": temperature,
-        "n_vocab": tokenizer.n_vocab,
-        "generator": generator,
-    }
-    drawn = generate(model, tokens, 8, **options)[:, len(ids) :]
-    return sum(is_name(tokenizer.decode(row)) for row in drawn.tolist())
-
-
-def names_anywhere(
-    model: GPT,
-    tokenizer: Tokenizer,
-    *,
-    is_name: Callable[[str], bool],
-    temperature: float,
-    generator: torch.Generator,
-    texts: int = 16,
-    length: int = 100,
-) -> float:
-    """The share of words that are a person's name in text which the model draws from nothing."""
-    tokens = torch.full((texts, 1), tokenizer.end_of_text, device=model.device)
-    options = {
-        "temperature": temperature,
-        "n_vocab": tokenizer.n_vocab,
-        "generator": generator,
-    }
-    rows = generate(model, tokens, min(length, model.config.block_size - 1), **options)[
-        :, 1:
-    ].tolist()
-    words = [word for row in rows for word in tokenizer.decode(row).split()]
-    return sum(map(is_name, words)) / max(1, len(words))
-
-
-@dataclass(frozen=True)
-class ProbeResult:
-    """How often a family of probes succeeded, and how often chance would have."""
-
-    family: str  # name, recall or question
-    correct: int
-    trials: int
-    chance: float  # rate of a guesser, 0 to 1
-
-    @property
-    def rate(self) -> float:
-        return self.correct / self.trials
-
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Wilson's interval of the rate, for independent trials. Source: Wilson 1927."""
-        z, n, rate = NormalDist().inv_cdf((1 + level) / 2), self.trials, self.rate
-        middle = rate + z * z / (2 * n)
-        half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-        return max(0.0, (middle - half) / (1 + z * z / n)), min(
-            1.0, (middle + half) / (1 + z * z / n)
-        )
-
-    def __str__(self) -> str:
-        low, high = self.interval()
-        counted = f"{self.correct} of {self.trials}"
-        return f"{self.family:9} {counted:>11}   {self.rate:6.1%}   95% {low:6.1%} to {high:6.1%}   chance {self.chance:6.1%}"
-
-
-def run_probes(
-    model: GPT,
-    tokenizer: Tokenizer,
-    probes: Sequence[Probe],
-    *,
-    temperature: float = 1.2,
-    draws: int = 4,
-    seed: int = 0,
-    is_name: Callable[[str], bool] | None = None,
-    progress: bool = False,
-) -> list[ProbeResult]:
-    """One result for each family of probes: name, recall, question.
-
-    A recall or question probe succeeds if its answer is the most probable of its candidates (total
-    log-probability after the end-of-text mark and the prompt); a name probe has `draws` trials, each
-    a success if a name comes next at `temperature`. is_name: default, TinyWiki's people.
-    """
-    is_name = is_name or TinyWiki().is_person_name
-    generator = torch.Generator(model.device).manual_seed(seed)
-    drawing = {"is_name": is_name, "temperature": temperature, "generator": generator}
-    counts: dict[str, list[float]] = {}  # family -> correct, trials, sum of chances
-    for probe in tqdm(probes, unit="probe", disable=not progress):
-        count = counts.setdefault(probe.family, [0, 0, 0.0])
-        if probe.family == "name":
-            count[0] += names_drawn(
-                model, tokenizer, probe.prompt, draws=draws, **drawing
-            )
-            count[1] += draws
-        else:
-            count[0] += most_probable(model, tokenizer, probe) == probe.answer
-            count[1] += 1
-            count[2] += 1 / len(probe.candidates)
-    if "name" in counts:
-        counts["name"][2] = counts["name"][1] * names_anywhere(
-            model, tokenizer, **drawing
-        )
-    return [
-        ProbeResult(family, int(c), int(n), chance / n)
-        for family, (c, n, chance) in counts.items()
-    ]
-
-
-def most_probable(model: GPT, tokenizer: Tokenizer, probe: Probe) -> str:
-    """The candidate that the model finds most probable after the probe's prompt."""
-    prompt = [tokenizer.end_of_text, *tokenizer.encode(probe.prompt)]
-    continuations = [
-        tokenizer.encode(" " + candidate) for candidate in probe.candidates
-    ]
-    return probe.candidates[
-        int(continuation_log_probs(model, prompt, continuations).argmax())
-    ]
-
-
 def read_evaluation(path: Path) -> Evaluation:
     """What `--out` wrote. Raises ValueError if it is not an evaluation."""
     try:
@@ -440,12 +291,7 @@ class EvaluationOptions:
     batch_size: int = 8
     max_documents: int | None = None
     device: str = "auto"
-    probes: bool = (
-        False  # measure the report's three examples on TinyWiki's facts instead
-    )
-    out: Path | None = (
-        None  # write the losses of each document (or the probes' counts) here, as JSON
-    )
+    out: Path | None = None  # write the losses of each document here, as JSON
 
 
 def evaluate_run(options: EvaluationOptions, *, progress: bool = True) -> Evaluation:
@@ -471,31 +317,11 @@ def evaluate_run(options: EvaluationOptions, *, progress: bool = True) -> Evalua
     return result
 
 
-def probe_run(
-    options: EvaluationOptions, *, progress: bool = True
-) -> list[ProbeResult]:
-    """Run TinyWiki's probes on a run, as the command line does."""
-    run: LoadedRun = load_run(options.run, which=options.which, device=options.device)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-    results = run_probes(
-        run.model, run.tokenizer, TinyWiki().probes(), progress=progress
-    )
-    if options.out:
-        write_text(
-            options.out, json.dumps([dataclasses.asdict(r) for r in results]) + "\n"
-        )
-    return results
-
-
 def main() -> None:
-    """`python -m gptlib.evaluation --run RUN --corpus NAME --split validation`, or `--run RUN --probes`."""
+    """`python -m gptlib.evaluation --run RUN --corpus NAME --split validation`."""
     options = tyro.cli(EvaluationOptions)
     with errors_in_one_line():
-        if options.probes:
-            print("\n".join(map(str, probe_run(options))))
-        else:
-            print(evaluate_run(options))
+        print(evaluate_run(options))
 
 
 if __name__ == "__main__":

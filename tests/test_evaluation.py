@@ -16,17 +16,12 @@ from gptlib.batches import TokenSplit, load_tokens
 from gptlib.corpus import load_corpus
 from gptlib.evaluation import (
     Evaluation,
-    ProbeResult,
-    continuation_log_probs,
     evaluate,
-    names_drawn,
     read_evaluation,
-    run_probes,
     token_losses,
     windows,
 )
 from gptlib.gpt import GPT, GPTConfig
-from gptlib.workshop.tinywiki import Probe
 from gptlib.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 WIKITEXT = "wikitext-sample:wikitext-103-raw-v1"
@@ -187,71 +182,6 @@ def test_an_evaluation_survives_its_file(tmp_path):
             read_evaluation(path)
 
 
-def test_continuations_are_scored_whatever_their_length_and_the_prompts():
-    model, rng = model_of(), np.random.default_rng(0)
-    for n_prompt in (1, 5, 12, 40):  # the last is longer than the context
-        prompt = rng.integers(0, 264, n_prompt).tolist()
-        several = [rng.integers(0, 264, n).tolist() for n in (1, 4, 2)]
-        kept = prompt[-(16 + 1 - 4) :]
-        for tokens, found in zip(several, continuation_log_probs(model, prompt, several).tolist()):
-            direct = -token_losses(model, np.array(kept + tokens))[len(kept) - 1 :].sum()
-            assert found == pytest.approx(direct, abs=1e-4)
-
-
-class Parrot(GPT):
-    """Continues any text with the bytes of ` Ann`, over and over, nearly surely."""
-
-    def hidden(self, tokens, cache=None):
-        if cache is not None:
-            super().hidden(tokens, cache)
-        following = {ord(a): ord(b) for a, b in zip(" Ann", "Ann ")}
-        nxt = tokens.clone().cpu().apply_(lambda t: following.get(t, ord(" ")))
-        nxt[tokens == ord("n")] = ord(" ")
-        return 50.0 * torch.nn.functional.one_hot(nxt, 264).float()
-
-    def head(self, hidden):
-        return hidden
-
-
-def test_probes_count_successes_of_a_model_whose_answers_are_known():
-    model = Parrot(GPTConfig(1, 1, 8, 16, False, 264))
-    probes = [
-        Probe("recall", "Who ?", "Ann", ("Bob", "Ann", "Eve", "Kim")),
-        Probe("recall", "Who ?", "Bob", ("Bob", "Ann")),
-        Probe("question", "Who ?", "An", ("An", "Eve")),
-        Probe("name", "her friend", "Bob", ("Bob",)),
-    ]
-    is_name = lambda text: text.strip().startswith("A")
-    recall, question, name = run_probes(model, BYTES, probes, is_name=is_name, draws=3)
-    assert (recall.correct, recall.trials, recall.chance) == (1, 2, (1 / 4 + 1 / 2) / 2)
-    assert (question.correct, question.trials, question.chance) == (1, 1, 1 / 2)
-    assert (name.correct, name.trials) == (3, 3) and name.chance > 0.9  # it always says a name
-
-
-def test_probes_are_seeded_and_run_at_chance_on_random_weights():
-    model, rng = model_of(), np.random.default_rng(0)
-    words = ["ab", "cd", "ef", "gh"]
-    probes = [
-        Probe("recall", f"{rng.integers(1e9)} is", words[i % 4], tuple(words)) for i in range(200)
-    ]
-    (found,) = run_probes(model, BYTES, probes)
-    assert found.chance == 0.25 and found.interval()[0] < 0.25 < found.interval()[1]
-    draw = lambda seed: names_drawn(
-        model, BYTES, "x", is_name=lambda text: text[:1].isalpha(), draws=200, temperature=1.2,
-        generator=torch.Generator().manual_seed(seed),
-    )  # fmt: skip
-    assert draw(1) == draw(1) and 0 < draw(1) < 200
-
-
-def test_wilson_interval():
-    low, high = ProbeResult(
-        "recall", 8, 10, 0.5
-    ).interval()  # values as in Newcombe 1998's method 3
-    assert (round(low, 3), round(high, 3)) == (0.490, 0.943)
-    assert ProbeResult("recall", 0, 10, 0.5).interval()[0] == pytest.approx(0.0)
-    assert ProbeResult("recall", 10, 10, 0.5).interval()[1] == pytest.approx(1.0)
-
-
 # The real validation split
 
 
@@ -299,9 +229,8 @@ def cli(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("more", [[], ["--probes"]])
-def test_a_folder_without_a_run_is_one_line(tmp_path, more):
-    done = cli("--run", str(tmp_path), *more)
+def test_a_folder_without_a_run_is_one_line(tmp_path):
+    done = cli("--run", str(tmp_path))
     assert done.returncode == 1 and done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and "no run there" in lines[0]
