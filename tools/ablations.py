@@ -10,6 +10,7 @@ Needs GPTLIB_DATA, the folder that holds `books`.
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -120,7 +121,7 @@ def run_one(name: str, changes: dict, seed: int) -> dict:
     return {
         "name": name, "seed": seed, "changes": changes, "validation_loss": losses.mean(),
         "curve": [[r["step"], r["validation_loss"]] for r in rows if "validation_loss" in r],
-        "train_loss": sum(r["loss"] for r in rows[-51:] if "loss" in r) / 50,
+        "train_loss": statistics.mean([r["loss"] for r in rows if "loss" in r][-50:]),
         "tokens": config.steps * config.tokens_per_step, "parameters": run.model.n_parameters(),
         "seconds": sum(r.get("seconds_per_step", 0) for r in times), "config": settings,
     }  # fmt: skip
