@@ -46,6 +46,7 @@ class Precision:
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
+CROPS = ("random", "documents")
 COUNT, SHARE, RATE = (1, 10**8), (0.0, 1.0), (0.0, 10.0)
 
 
@@ -69,6 +70,7 @@ class TrainConfig:
     tokenizer: str = "gpt2"
     init: str | None = None  # a run whose weights to start from
     seed: int = 1337
+    crops: str = "random"  # or documents: each begins where a document begins
     steps: int = 3400  # sets the schedule; stopping early is --max-steps
     batch_size: int = 480  # sequences per step
     optimizer: str = "adamw"  # or muon
@@ -95,7 +97,8 @@ class TrainConfig:
                 raise TrainingError(
                     f"{name} is {value}; it must be {kind} from {low} to {high:g}"
                 )
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "crops": CROPS}
+        for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 there = ", ".join(known)
                 raise TrainingError(f"unknown {name} {value!r}; there are {there}")
