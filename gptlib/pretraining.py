@@ -139,7 +139,7 @@ def plan(config: TrainConfig, options: RunOptions, *, seconds: float = 20.0) -> 
         for value in of_one.values()
         if torch.is_tensor(value)
     )
-    parameters = model.n_parameters(positions=True)
+    parameters = model.n_parameters(include_positions=True)
     return Plan(
         device=describe_machine(device)["device_name"] or device.type,
         precision=precision.name,
