@@ -167,7 +167,7 @@ def open_init(source: str) -> Run:
 class Pretrain:
     """Pretrain a GPT. On an unfinished --out the same command goes on."""
 
-    run: Annotated[RunOptions, tyro.conf.arg(prefix_name=False)]
+    run: Annotated[RunOptions, tyro.conf.arg(name="")]
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     preset: str = "tinytiny"  # gives the settings below their defaults
     branch: Path | None = None  # begin with this trapezoid run, and cool it down
