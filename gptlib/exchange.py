@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -61,9 +62,7 @@ def to_gpt2_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
         if name == "wte.weight":
             value = value[:n_vocab]
         turned = value.T if name.endswith(LINEAR) else value
-        weights[f"transformer.{name}"] = turned.clone(
-            memory_format=torch.contiguous_format
-        )
+        weights[f"transformer.{name}"] = torch.clone(turned.contiguous())
     for name in list(weights):
         if name.endswith("weight") and ".wte." not in name and ".wpe." not in name:
             width = weights[name].shape[-1]  # once transposed, outputs come last
@@ -75,16 +74,13 @@ def gpt2_config(config: GPTConfig, n_vocab: int, end_of_text: int):
     """The `transformers.GPT2Config` of one of our models."""
     from transformers import GPT2Config
 
+    same = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
+    dropped = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
     return GPT2Config(
+        **same | dict.fromkeys(dropped, config.dropout),
         vocab_size=n_vocab,
         n_positions=config.block_size,
-        n_embd=config.n_embd,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
         activation_function=ACTIVATION_NAMES[config.activation],
-        resid_pdrop=config.dropout,
-        embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout,
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
     )
@@ -162,17 +158,11 @@ tags: [gpt2, from-scratch]
 ---
 # {name}
 
-A GPT-2 of {parameters:,} parameters (positions not counted), trained with gptlib.
-
-| what | value |
-|---|---|
-| corpus | {corpus} |
-| steps | {step:,} of {steps:,}, {tokens:,} tokens each |
-| validation loss | {loss} nats per token, on fixed random crops |
-| shape | {n_layer} layers, {n_head} heads, {n_embd} wide, context {block_size} |
-| tokenizer | {tokenizer}, {n_vocab:,} tokens |
-
-It continues text in the manner of its corpus and knows little else. Configuration:
+A GPT-2 of {parameters:,} parameters (positions not counted), trained with gptlib on
+{corpus}: {step:,} of {steps:,} steps of {tokens:,} tokens. Validation loss {loss} nats
+per token, on fixed random crops. Shape: {n_layer} layers, {n_head} heads, {n_embd}
+wide, context {block_size}; tokenizer {tokenizer}, {n_vocab:,} tokens. It continues text
+in the manner of its corpus and knows little else.
 
 ~~~json
 {config}
@@ -250,12 +240,8 @@ def export_run(run: Run, out: Path | str, *, dtype: str = "fp32") -> Path:
 
 def need_transformers() -> None:
     """Raises ExchangeError, with the cure, where transformers is not installed."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        raise ExchangeError(
-            "the library transformers is not installed; pip install 'gptlib[hf]'"
-        ) from None
+    if not importlib.util.find_spec("transformers"):
+        raise ExchangeError("transformers is missing; pip install 'gptlib[hf]'")
 
 
 def from_gpt2_weights(weights: dict[str, Tensor], config: GPTConfig) -> GPT:

@@ -139,7 +139,7 @@ def plan(config: TrainConfig, options: RunOptions, *, seconds: float = 20.0) -> 
         for value in of_one.values()
         if torch.is_tensor(value)
     )
-    parameters = model.n_parameters(positions=True)
+    parameters = model.n_parameters(include_positions=True)
     return Plan(
         device=describe_machine(device)["device_name"] or device.type,
         precision=precision.name,
@@ -167,7 +167,7 @@ def open_init(source: str) -> Run:
 class Pretrain:
     """Pretrain a GPT. On an unfinished --out the same command goes on."""
 
-    run: Annotated[RunOptions, tyro.conf.arg(prefix_name=False)]
+    run: Annotated[RunOptions, tyro.conf.arg(name="")]
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     preset: str = "tinytiny"  # gives the settings below their defaults
     branch: Path | None = None  # begin with this trapezoid run, and cool it down

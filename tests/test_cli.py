@@ -146,7 +146,7 @@ def test_sampling_and_evaluation(place):
     [
         ({"corpus": "nowhere"}, ["unknown corpus 'nowhere'", "tinywiki"]),
         ({"corpus": "bad.txt"}, ["not UTF-8", "iconv"]),
-        ({"corpus": "short.txt"}, ["too few", "block"]),
+        ({"corpus": "short.txt"}, ["too few", "add text"]),
         ({"tokenizer": "nothing"}, ["nothing"]),
     ],
 )
@@ -252,7 +252,7 @@ def test_an_unknown_command_is_one_line(tmp_path):
 def test_help_shows_the_defaults_of_the_preset(tmp_path):
     for preset, rate in (("demo", "0.003"), ("tinytiny", "0.0006")):
         shown = command(tmp_path, "pretrain", "--preset", preset, "--help").stdout
-        assert rate in shown and f"(default: {preset})" in shown
+        assert rate in shown and preset in shown
 
 
 def test_sample_by_command_equals_sample_by_library(place):
