@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 import tomllib
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from pathlib import Path
 import jupytext
 import nbformat
 
+
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
 NOTEBOOKS = ROOT / "notebooks"
 PACKAGE = ROOT / "gptlib"
 STEM = re.compile(r"(?P<workshop>W?)(?P<number>\d+)_(?P<name>[a-z][a-z0-9_]*)")
+NOT_PLAIN = {"index", "library", "bibliography"}  # pages that only the site has
 
 
 class ManuscriptError(ValueError):
@@ -42,9 +45,17 @@ class Chapter:
         return int(STEM.fullmatch(self.stem)["number"])
 
     @property
+    def label(self) -> str:
+        """What stands before its numbers, `4` or `W4`; nothing for a page of the book."""
+        found = STEM.fullmatch(self.stem)
+        return found["workshop"] + str(self.number) if found else ""
+
+    @property
     def module(self) -> str:
         """The module below `gptlib` that it exports: `attention`, `workshop.files`."""
-        return ("workshop." if self.workshop else "") + STEM.fullmatch(self.stem)["name"]
+        return ("workshop." if self.workshop else "") + STEM.fullmatch(self.stem)[
+            "name"
+        ]
 
     @property
     def module_path(self) -> Path:
@@ -61,8 +72,27 @@ class Chapter:
 
     @cached_property
     def notebook(self) -> nbformat.NotebookNode:
-        """The manuscript as a notebook without outputs."""
-        return jupytext.reads(self.text, fmt="md:myst")
+        """The manuscript as a notebook without outputs; ids depend on the text alone."""
+        notebook, seen = jupytext.reads(self.text, fmt="md:myst"), {}
+        for cell in notebook.cells:
+            cell.id = new_id(cell.cell_type, cell.source, seen)
+        return notebook
+
+    @cached_property
+    def lines(self) -> list[int]:
+        """The line of the manuscript on which each cell's text begins."""
+        place, lines = 0, []
+        for cell in self.notebook.cells:
+            place = max(place, self.text.find(cell.source, place))
+            lines.append(self.text.count("\n", 0, place) + 1)
+            place += len(cell.source)
+        return lines
+
+    def at(self, line: int) -> str:
+        """`book/chapters/04_attention.md:12`, to begin a message with."""
+        path = self.path.resolve()
+        inside = path.is_relative_to(ROOT)
+        return f"{path.relative_to(ROOT).as_posix() if inside else path.name}:{line}"
 
     @cached_property
     def title(self) -> str:
@@ -84,11 +114,34 @@ class Chapter:
 @cache
 def chapters() -> tuple[Chapter, ...]:
     """All manuscripts: the lessons by number, then the workshop by number."""
-    found = [Chapter(p) for part in ("chapters", "workshop") for p in (BOOK / part).glob("*.md")]
+    found = [
+        Chapter(p)
+        for part in ("chapters", "workshop")
+        for p in (BOOK / part).glob("*.md")
+    ]
     for chapter in found:
         if not STEM.fullmatch(chapter.stem):
-            raise ManuscriptError(f"{chapter.path.name}: name it NN_name.md or WN_name.md")
+            raise ManuscriptError(
+                f"{chapter.path.name}: name it NN_name.md or WN_name.md"
+            )
     return tuple(sorted(found, key=lambda chapter: (chapter.workshop, chapter.number)))
+
+
+@cache
+def pages() -> tuple[Chapter, ...]:
+    """The other pages of the book, such as setup and notation."""
+    return tuple(Chapter(path) for path in sorted(BOOK.glob("*.md")))
+
+
+def text_hash(cell_type: str, source: str) -> str:
+    return hashlib.sha256(f"{cell_type}\n{source}".encode()).hexdigest()[:10]
+
+
+def new_id(cell_type: str, source: str, seen: dict[str, int]) -> str:
+    """A cell's id: the hash of its text, and how many cells before it have the same text."""
+    key = text_hash(cell_type, source)
+    seen[key] = seen.get(key, 0) + 1
+    return f"{key}-{seen[key]}"
 
 
 @cache
@@ -101,7 +154,9 @@ def floors() -> tuple[str, ...]:
 def plain_python(source: str) -> str:
     """A cell's source without IPython magics and shell lines, so that `ast` can read it."""
     lines = source.split("\n")
-    return "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines)
+    return "\n".join(
+        "" if line.lstrip().startswith(("%", "!")) else line for line in lines
+    )
 
 
 def gptlib_imports(source: str) -> set[str]:

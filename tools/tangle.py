@@ -11,6 +11,7 @@ import difflib
 import sys
 from pathlib import Path
 
+
 sys.path.insert(0, str(Path(__file__).parent))
 from manuscripts import (
     PACKAGE,
@@ -21,6 +22,7 @@ from manuscripts import (
     floors,
     gptlib_imports,
 )
+
 
 CURE = "mend: edit the manuscript, then run `make tangle`"
 
@@ -45,8 +47,15 @@ def tangle(chapter: Chapter) -> str:
         if cell == cells[-1] and "\ndef main(" in "\n" + cell:
             cells[-1] += '\n\n\nif __name__ == "__main__":\n    main()'
     path = chapter.path.relative_to(ROOT).as_posix()
-    head = f'"""{chapter.title}.\n\nTangled from {path}; change it there, not here.\n"""'
-    return head + "\n\nfrom __future__ import annotations\n\n" + "\n\n\n".join(cells) + "\n"
+    head = (
+        f'"""{chapter.title}.\n\nTangled from {path}; change it there, not here.\n"""'
+    )
+    return (
+        head
+        + "\n\nfrom __future__ import annotations\n\n"
+        + "\n\n\n".join(cells)
+        + "\n"
+    )
 
 
 def check_floors(chapter: Chapter, source: str) -> None:
@@ -78,7 +87,9 @@ def main() -> None:
         if new != old and check:
             stale.append(name)
             lines = old.splitlines(True), new.splitlines(True)
-            sys.stdout.writelines(difflib.unified_diff(*lines, name, chapter.stem + ".md"))
+            sys.stdout.writelines(
+                difflib.unified_diff(*lines, name, chapter.stem + ".md")
+            )
         elif new != old:
             path.write_text(new, encoding="utf-8")
             print(f"tangled {chapter.stem} -> {name}")
