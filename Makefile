@@ -36,7 +36,6 @@ book: $(VENV)/.complete
 	$(PY) tools/tangle.py --check
 	$(PY) tools/weave.py --to _build/notebooks
 	BOOK_NOTEBOOKS=_build/notebooks $(BUILD)
-	$(PY) tools/trim.py
 	@$(PY) tools/weave.py --to _build/notebooks --summary
 
 test: check pytest notebooks site
@@ -60,7 +59,6 @@ notebooks: $(VENV)/.complete
 
 site: $(VENV)/.complete
 	$(BUILD) -W -n --keep-going
-	$(PY) tools/trim.py
 
 tangle: $(VENV)/.complete
 	$(PY) tools/tangle.py

@@ -1,4 +1,4 @@
-"""Format the code cells of manuscripts with ruff, so that book and module agree to the letter.
+"""Format the code cells of manuscripts with ruff: book and module agree to the letter.
 
 python tools/format.py [FILE ...]    write them
 python tools/format.py --check       exit 1 and name each cell that is not formatted
@@ -33,7 +33,7 @@ def formatted(code: str) -> str:
 
 
 def differing(chapter: Chapter) -> list[re.Match]:
-    """Cells that ruff would write otherwise. All are formatted at once: one process a chapter."""
+    """Cells that ruff would write otherwise; all of a chapter are tried at once."""
     cells = list(CELL.finditer(chapter.text))
     codes = [found[2] for found in cells]
     mark = "# -- next cell --\n"

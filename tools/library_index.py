@@ -1,4 +1,4 @@
-"""Write book/library.md: every public name of gptlib, its signature and its first sentence.
+"""Write book/library.md: every public name, its signature and its first sentence.
 
 python tools/library_index.py            write it
 python tools/library_index.py --check    exit 1 if it is out of date
@@ -18,7 +18,10 @@ from manuscripts import ROOT, Chapter, chapters
 PAGE = ROOT / "book" / "library.md"
 OPENING = """# Library index
 
-Every public name of `gptlib`, by module. Each module is made of the cells of one chapter, which explains it. The link after a name leads to the cell that defines it, `[source]` to its line in the module. The full docstrings, with shapes, units and errors, stand there and in `help()`.
+Every public name of `gptlib`, by module. Each module is made of the cells of one
+chapter, which explains it. The link after a name leads to the cell that defines it,
+`[source]` to its line in the module. The full docstrings, with shapes, units and
+errors, stand there and in `help()`.
 """
 DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -38,7 +41,7 @@ def first_sentence(node: ast.AST) -> str:
 
 
 def signature(node: DEFINITION) -> str:
-    """What to call it with: a function's or `__init__`'s arguments, a dataclass's fields."""
+    """How to call it: arguments of a function or `__init__`, fields of a dataclass."""
     if not isinstance(node, ast.ClassDef):
         returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
         return f"{node.name}({ast.unparse(node.args)}){returns}"
@@ -59,27 +62,15 @@ def public(chapter: Chapter) -> list[DEFINITION]:
     return [node for node in found if not node.name.startswith("_")]
 
 
-def names() -> set[str]:
-    """`gptlib.attention.Head` and all others."""
-    made = (chapter for chapter in chapters() if chapter.module_path.exists())
-    return {
-        f"gptlib.{chapter.module}.{node.name}"
-        for chapter in made
-        for node in public(chapter)
-    }
-
-
 def section(chapter: Chapter) -> str:
-    title = chapter.notebook_path.with_suffix("").as_posix()
-    rows = [
-        f"## gptlib.{chapter.module}\n\nFrom {{doc}}`{chapter.title} <../notebooks/{title}>`.\n"
-    ]
+    page = chapter.notebook_path.with_suffix("").as_posix()
+    origin = f"From {{doc}}`{chapter.title} <../notebooks/{page}>`."
+    rows = [f"## gptlib.{chapter.module}\n\n{origin}\n"]
     for node in public(chapter):
         kind = "class" if isinstance(node, ast.ClassDef) else "function"
-        options = f":module: gptlib.{chapter.module}"
-        rows.append(
-            f"```{{py:{kind}}} {signature(node)}\n{options}\n{first_sentence(node)}\n```\n"
-        )
+        module = f":module: gptlib.{chapter.module}"
+        first = f"```{{py:{kind}}} {signature(node)}\n{module}"
+        rows.append(f"{first}\n{first_sentence(node)}\n```\n")
     return "\n".join(rows)
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
+import sys
 import tomllib
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
-import jupytext
-import nbformat
+
+# jsonschema would spend two seconds on a grammar of addresses, which no notebook needs
+sys.modules.setdefault("rfc3987_syntax", None)
+
+import jupytext  # noqa: E402
+import nbformat  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +51,7 @@ class Chapter:
 
     @property
     def label(self) -> str:
-        """What stands before its numbers, `4` or `W4`; nothing for a page of the book."""
+        """What its numbers begin with, `4` or `W4`; nothing for a page of the book."""
         found = STEM.fullmatch(self.stem)
         return found["workshop"] + str(self.number) if found else ""
 
@@ -72,27 +77,25 @@ class Chapter:
 
     @cached_property
     def notebook(self) -> nbformat.NotebookNode:
-        """The manuscript as a notebook without outputs; ids depend on the text alone."""
+        """The manuscript without outputs; a cell's id depends on its text alone."""
         notebook, seen = jupytext.reads(self.text, fmt="md:myst"), {}
         for cell in notebook.cells:
             cell.id = new_id(cell.cell_type, cell.source, seen)
         return notebook
 
     @cached_property
-    def lines(self) -> list[int]:
-        """The line of the manuscript on which each cell's text begins."""
-        place, lines = 0, []
+    def cells(self) -> list[tuple[nbformat.NotebookNode, int]]:
+        """Its cells, each with the line of the manuscript on which the text begins."""
+        place, cells = 0, []
         for cell in self.notebook.cells:
             place = max(place, self.text.find(cell.source, place))
-            lines.append(self.text.count("\n", 0, place) + 1)
+            cells.append((cell, self.text.count("\n", 0, place) + 1))
             place += len(cell.source)
-        return lines
+        return cells
 
     def at(self, line: int) -> str:
         """`book/chapters/04_attention.md:12`, to begin a message with."""
-        path = self.path.resolve()
-        inside = path.is_relative_to(ROOT)
-        return f"{path.relative_to(ROOT).as_posix() if inside else path.name}:{line}"
+        return f"{self.path.relative_to(ROOT).as_posix()}:{line}"
 
     @cached_property
     def title(self) -> str:
@@ -103,7 +106,7 @@ class Chapter:
 
     @property
     def code_cells(self) -> list[nbformat.NotebookNode]:
-        return [cell for cell in self.notebook.cells if cell.cell_type == "code"]
+        return [cell for cell, _ in self.cells if cell.cell_type == "code"]
 
     @property
     def exported(self) -> list[nbformat.NotebookNode]:
@@ -138,7 +141,7 @@ def text_hash(cell_type: str, source: str) -> str:
 
 
 def new_id(cell_type: str, source: str, seen: dict[str, int]) -> str:
-    """A cell's id: the hash of its text, and how many cells before it have the same text."""
+    """The hash of a cell's text, and how many cells with that text came before."""
     key = text_hash(cell_type, source)
     seen[key] = seen.get(key, 0) + 1
     return f"{key}-{seen[key]}"
@@ -152,7 +155,7 @@ def floors() -> tuple[str, ...]:
 
 
 def plain_python(source: str) -> str:
-    """A cell's source without IPython magics and shell lines, so that `ast` can read it."""
+    """A cell's source without IPython magics and shell lines, for `ast`."""
     lines = source.split("\n")
     return "\n".join(
         "" if line.lstrip().startswith(("%", "!")) else line for line in lines

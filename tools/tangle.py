@@ -1,7 +1,7 @@
 """Tangle: the exported cells of a chapter, one after another, are its module of gptlib.
 
 python tools/tangle.py            write every module
-python tools/tangle.py --check    write nothing; exit 1 with a diff if a module is out of date
+python tools/tangle.py --check    exit 1 with a diff if a module is out of date
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def tangle(chapter: Chapter) -> str:
         imports = [isinstance(n, ast.Import | ast.ImportFrom) for n in tree.body]
         if any(imports) and (cell != cells[0] or not all(imports)):
             raise ManuscriptError(
-                f"{chapter.stem}: the first exported cell holds all imports of the module "
-                f"and nothing else; move {cell.splitlines()[0]!r}"
+                f"{chapter.stem}: the first exported cell holds all imports of the "
+                f"module and nothing else; move {cell.splitlines()[0]!r}"
             )
         if cell == cells[-1] and "\ndef main(" in "\n" + cell:
             cells[-1] += '\n\n\nif __name__ == "__main__":\n    main()'
@@ -69,8 +69,8 @@ def check_floors(chapter: Chapter, source: str) -> None:
     for name in sorted(gptlib_imports(source)):
         if order.index(name) >= order.index(chapter.module):
             raise ManuscriptError(
-                f"{chapter.stem}: imports gptlib.{name}, which stands on a higher floor; "
-                "hand it in as an argument, or move the code"
+                f"{chapter.stem}: imports gptlib.{name}, which stands on a higher "
+                "floor; hand it in as an argument, or move the code"
             )
 
 
@@ -95,7 +95,7 @@ def main() -> None:
             print(f"tangled {chapter.stem} -> {name}")
     for path in sorted({*PACKAGE.rglob("*.py")} - expected):
         raise ManuscriptError(
-            f"{path.relative_to(ROOT)}: no chapter makes it; delete it or write its chapter"
+            f"{path.relative_to(ROOT)}: no chapter makes it; delete it or write one"
         )
     if stale:
         sys.exit(f"out of date: {', '.join(stale)}; {CURE}")

@@ -1,9 +1,9 @@
-"""Sphinx extension: a chapter's page shows its manuscript with the outputs of its notebook.
+"""Sphinx extension: a chapter's page shows its manuscript with its notebook's outputs.
 
-The notebooks hold plain Markdown for those who open them elsewhere. When Sphinx reads one, its
-cells are replaced by the manuscript's, so that numbers and references work. Chapters keep their
-numbers on the site (0, 1, ..., W1, W2), whatever the order of the contents. A line over each
-exported cell names its module and leads to the library index and to the source.
+The notebooks hold plain Markdown for those who open them elsewhere. When Sphinx reads
+one, its cells are replaced by the manuscript's, so that numbers and references work.
+Chapters keep their numbers (0, 1, ..., W1, W2), whatever the order of the contents. A
+line over each exported cell leads to its module's source and to the library index.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def chapter_of(docname: str):
 
 
 def executed(chapter) -> Path:
-    """The notebook whose outputs the page shows: `make book` executes them all elsewhere."""
+    """The notebook whose outputs the page shows: `make book` makes its own."""
     return Path(os.environ.get("BOOK_NOTEBOOKS") or NOTEBOOKS) / chapter.notebook_path
 
 
@@ -43,7 +43,7 @@ def put_manuscript(app, docname: str, source: list[str]) -> None:
     if chapter is None:
         return
     notebook = nbformat.from_dict(chapter.notebook)
-    with_outputs(notebook.cells, read(executed(chapter)) or nbformat.v4.new_notebook())
+    with_outputs(notebook.cells, read(executed(chapter)))
     notebook.metadata = {"kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
     for path in (chapter.path, executed(chapter)):
         app.env.note_dependency(str(path))
@@ -129,7 +129,7 @@ def mark_exported_cells(app, doctree, docname: str) -> None:
 
 
 def number_chapters(plain_numbers):
-    """Let every number begin with the chapter's own: 0 for chapter 0, W3 for workshop 3."""
+    """Let every number begin with the chapter's own, such as 0 or W3."""
 
     def assign_section_numbers(self, env):
         changed = plain_numbers(self, env)
