@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,10 @@ from gptlib import GptlibError
 from gptlib.gpt import GPT
 from gptlib.sampling import generate
 from gptlib.tokenizer import Tokenizer
-from gptlib.training import load_run
-from gptlib.workshop.checkpoints import write_text
+from gptlib.workshop.files import write_whole
+from gptlib.workshop.runs import load_run
 from gptlib.workshop.tinywiki import Entity, TinyWiki, pool, spell, world
+from gptlib.workshop.watching import errors_in_one_line
 
 
 @dataclass(frozen=True)
@@ -288,17 +288,14 @@ def probe_run(options: ProbeOptions, *, progress: bool = True) -> list[ProbeResu
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         found = [dataclasses.asdict(result) for result in results]
-        write_text(options.out, json.dumps(found) + "\n")
+        write_whole(options.out, json.dumps(found) + "\n")
     return results
 
 
 def main() -> None:
     """`gptlib probe --run RUN`."""
-    options = tyro.cli(ProbeOptions)
-    try:
-        print("\n".join(map(str, probe_run(options))))
-    except GptlibError as error:
-        sys.exit(f"probe: {error}")
+    with errors_in_one_line():
+        print("\n".join(map(str, probe_run(tyro.cli(ProbeOptions)))))
 
 
 if __name__ == "__main__":
