@@ -3,71 +3,79 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAGE := _build/stage
+PY := $(BIN)/python
 export GPTLIB_RUNS := $(CURDIR)/runs
+export PYTHONPATH := $(CURDIR)
 export PYTHONHASHSEED := 0
 export PYTHONWARNINGS := ignore
 export HF_HUB_DISABLE_TELEMETRY := 1
+# Jupyter Book's own command, told which executed notebooks the pages show
+BUILD = $(BIN)/jupyter-book build --quiet . --path-output .
 
-.PHONY: book test check pytest notebooks site lab tangle weave format clean help
+.PHONY: help book test check pytest notebooks site pdf lab tangle weave format clean
 
 help:
-	@echo "make book    tangle, execute every notebook, pretrain the demo model, render the site"
-	@echo "make test    everything that must hold: check, pytest, nbval on all notebooks, the site with warnings as errors"
-	@echo "make check   manuscripts, notebooks and gptlib agree; style; links (under a minute)"
-	@echo "make weave   execute the notebooks whose chapter or library changed     make tangle   rewrite gptlib/"
-	@echo "make site    render the stored notebooks     make lab   JupyterLab     make format   ruff     make clean"
+	@echo "make book    execute every notebook, train the demo model, render the site; changes no file that git knows"
+	@echo "make lab     JupyterLab on your own copies of the notebooks, in lab/"
+	@echo "make test    everything that must hold: check, pytest, nbval on all notebooks, the site without a warning"
+	@echo "make check   manuscripts, notebooks and gptlib agree; references; numbers; style (under a minute)"
+	@echo "make weave   after editing a manuscript: gptlib, the library index and the notebooks that changed"
+	@echo "make site    render the stored notebooks     make pdf   the site as one PDF (needs Chromium)"
+	@echo "make tangle  rewrite gptlib     make format  ruff, in manuscripts too     make clean"
 
 # a marker newer than the requirements says that the environment is complete
 $(VENV)/.complete: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; run make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
 book: $(VENV)/.complete
-	$(BIN)/python tools/tangle.py
-	$(BIN)/python tools/weave.py --inputs
-	$(BIN)/python tools/stage.py $(STAGE)
-	$(BIN)/python tools/weave.py --to $(STAGE)/notebooks
-	$(BIN)/jupyter-book build --quiet $(STAGE) --path-output .
-	@$(BIN)/python tools/stage.py --report $(STAGE)
+	$(PY) tools/tangle.py --check
+	$(PY) tools/weave.py --to _build/notebooks
+	BOOK_NOTEBOOKS=_build/notebooks $(BUILD)
+	@$(PY) tools/weave.py --to _build/notebooks --summary
 
 test: check pytest notebooks site
 
 check: $(VENV)/.complete
-	$(BIN)/python tools/tangle.py --check
-	$(BIN)/python tools/library_index.py --check
-	$(BIN)/python tools/weave.py --check
-	$(BIN)/python tools/links.py
+	$(PY) tools/tangle.py --check
+	$(PY) tools/library_index.py --check
+	$(PY) tools/toc.py --check
+	$(PY) tools/plain.py
+	$(PY) tools/weave.py --check
+	$(PY) tools/check_numbers.py
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check gptlib tools tests
+	$(BIN)/ruff format --check gptlib tools tests book
+	$(PY) tools/format.py --check
 
 pytest: $(VENV)/.complete
-	$(BIN)/python -m pytest
+	$(PY) -m pytest
 
 notebooks: $(VENV)/.complete
-	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 -p no:cacheprovider notebooks
+	$(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 -p no:cacheprovider notebooks
 
 site: $(VENV)/.complete
-	$(BIN)/jupyter-book build --quiet -W -n --keep-going . --path-output .
+	$(BUILD) -W -n --keep-going
 
 tangle: $(VENV)/.complete
-	$(BIN)/python tools/tangle.py
-	$(BIN)/python tools/library_index.py
+	$(PY) tools/tangle.py
+	$(PY) tools/library_index.py
+	$(PY) tools/toc.py
 
 weave: tangle
-	$(BIN)/python tools/weave.py
+	$(PY) tools/weave.py
 
 format: $(VENV)/.complete
-	$(BIN)/ruff check --fix --quiet tools tests
-	$(BIN)/ruff format --quiet tools tests
+	$(BIN)/ruff check --fix --quiet tools tests book
+	$(BIN)/ruff format --quiet tools tests book
+	$(PY) tools/format.py
 
 lab: $(VENV)/.complete
-	$(BIN)/python tools/weave.py --inputs
-	$(BIN)/jupyter lab notebooks
+	$(PY) tools/lab.py
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/lab/00_start.ipynb
 
 clean:
 	rm -rf _build runs/cache

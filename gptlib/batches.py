@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -47,13 +48,15 @@ class Batches:
     """Training batches: batch `step` depends on (seed, step) alone.
 
     ids: the token stream; batch_size: windows of a whole step; block_size: tokens of a
-    window. Raises BatchError if the stream is shorter than one window and its target.
+    window; mark: if given, a window begins at the last such token before its place.
+    Raises BatchError if the stream is shorter than one window and its target.
     """
 
     ids: np.ndarray
     batch_size: int
     block_size: int
     seed: int
+    mark: int | None = None
 
     def __post_init__(self):
         if len(self.ids) <= self.block_size:
@@ -66,7 +69,15 @@ class Batches:
     def offsets(self, step: int) -> np.ndarray:
         """Where the windows of a step begin, (batch_size,) int64."""
         positions = len(self.ids) - self.block_size
-        return crop_offsets(self.seed, step, self.batch_size, positions)
+        offsets = crop_offsets(self.seed, step, self.batch_size, positions)
+        if self.mark is None:
+            return offsets
+        return self.starts[np.searchsorted(self.starts, offsets, side="right") - 1]
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where windows may begin if there is a mark: at each mark, and at the start."""
+        return np.union1d([0], np.flatnonzero(self.ids == self.mark))
 
     def micro_batches(
         self, step: int, micro_batch_size: int, rank: int = 0, world_size: int = 1

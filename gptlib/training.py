@@ -46,6 +46,7 @@ class Precision:
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
+CROPS = ("random", "documents")
 COUNT, SHARE, RATE = (1, 10**8), (0.0, 1.0), (0.0, 10.0)
 
 
@@ -69,6 +70,7 @@ class TrainConfig:
     tokenizer: str = "gpt2"
     init: str | None = None  # a run whose weights to start from
     seed: int = 1337
+    crops: str = "random"  # or documents: each begins where a document begins
     steps: int = 3400  # sets the schedule; stopping early is --max-steps
     batch_size: int = 480  # sequences per step
     optimizer: str = "adamw"  # or muon
@@ -95,7 +97,8 @@ class TrainConfig:
                 raise TrainingError(
                     f"{name} is {value}; it must be {kind} from {low} to {high:g}"
                 )
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "crops": CROPS}
+        for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 there = ", ".join(known)
                 raise TrainingError(f"unknown {name} {value!r}; there are {there}")
@@ -229,23 +232,23 @@ MAX_SKIPPED_IN_A_ROW = 20
 def check_finite(state: TrainState, row: dict) -> None:
     """Raises TrainingError if the loss or the gradient's norm is not a number.
 
-    In fp16 an infinite gradient is counted and passed on, since the scaler skips its
-    step; the row's norm becomes None. More than MAX_SKIPPED_IN_A_ROW are an error too.
+    In fp16 the scaler skips a step with an infinite gradient, so it is counted, and the
+    row's norm becomes None; more than MAX_SKIPPED_IN_A_ROW are an error too.
     """
-    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+    loss, norm = row["loss"], row["grad_norm"]
+    if math.isfinite(loss) and math.isfinite(norm):
         state.skipped_in_a_row = 0
         return
-    text = f"step {state.step + 1}: loss {row['loss']}, norm {row['grad_norm']}"
-    if state.scaler.is_enabled() and math.isfinite(row["loss"]):
+    state.skipped_in_a_row += 1
+    if state.scaler.is_enabled() and math.isfinite(loss):
         state.skipped += 1
-        state.skipped_in_a_row += 1
         row["grad_norm"] = None  # JSON has no infinity
         if state.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
             return
-        text += f"; {state.skipped_in_a_row} steps skipped in a row"
     raise TrainingError(
-        f"{text}; no weight was changed; begin another run with a lower "
-        "learning rate, or with --precision fp32"
+        f"step {state.step + 1}: loss {loss}, gradient's norm {norm}, "
+        f"{state.skipped_in_a_row} in a row; no weight was changed; begin another run "
+        "with a lower learning rate, or with --precision fp32"
     )
 
 

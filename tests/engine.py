@@ -204,6 +204,7 @@ def damage(path: Path, how: str) -> None:
 
 
 PROGRAM = Path(__file__).with_name("engine_program.py")
+ROOT = PROGRAM.parent.parent
 
 
 def start(config: TrainConfig, out: Path, n: int = 1, *, program=None, **changes):
@@ -219,7 +220,7 @@ def start(config: TrainConfig, out: Path, n: int = 1, *, program=None, **changes
     command += [str(out), json.dumps(given), json.dumps(program or {})]
     return subprocess.Popen(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
     )

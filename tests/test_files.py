@@ -92,3 +92,14 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
 def test_the_cache_is_below_the_folder_of_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTLIB_RUNS", str(tmp_path / "r"))
     assert cache_dir() == (tmp_path / "r" / "cache").resolve() and cache_dir().is_dir()
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(
+            FileError, match="file cannot be written .*; choose another folder"
+        ),
+        lock(tmp_path / "file" / "lock"),
+    ):
+        pass

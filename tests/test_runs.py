@@ -40,6 +40,7 @@ from gptlib.tokenizer import Tokenizer, train_bpe
 from gptlib.training import TrainConfig, TrainingError, fit_micro_batch, plain_loss
 from gptlib.workshop import runs
 from gptlib.workshop.checkpoints import CheckpointError, Checkpoints
+from gptlib.workshop.distribution import Processes
 from gptlib.workshop.files import lock
 from gptlib.workshop.runs import (
     RunError,
@@ -718,3 +719,31 @@ def test_a_new_process_reads_what_another_wrote(config, tmp_path):
 
 def test_every_preset_is_a_configuration():
     assert all(isinstance(c, TrainConfig) for c in training.PRESETS.values())
+
+
+def test_the_first_process_decides_which_checkpoint_is_taken(config, tmp_path):
+    """On a shared disk the others may see another one as the newest."""
+
+    class Second(Processes):
+        def from_main(self, number):
+            return 2
+
+    out = options(tmp_path / "run", save_minutes=0, max_steps=3, keep=3)
+    run_training(config, out)
+    second = runs.Leg(config, out, Second(rank=1), plain_loss, load_run)
+    assert second.state.step == 2 and second.journal is None
+    first = runs.Leg(config, out, Processes(), plain_loss, load_run)
+    first.journal.close()
+    assert first.state.step == 3
+
+
+def test_a_record_that_cannot_be_written_is_named(config, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "write_whole", full)
+    with pytest.raises(RunError, match="cannot be written .No space left.*make room"):
+        run_training(config, options(tmp_path / "run"))
+    (tmp_path / "file").touch()
+    with pytest.raises(GptlibError, match="cannot be written"):
+        run_training(config, options(tmp_path / "file" / "run"))

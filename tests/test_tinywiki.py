@@ -5,31 +5,49 @@ import itertools
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
+from gptlib import GptlibError
+from gptlib.workshop import tinywiki
+from gptlib.workshop.grammar import Choice, Filler, compile_wording
 from gptlib.workshop.tinywiki import (
     DEFAULT_BYTES,
     FAMOUS,
-    GRAMMAR,
     KINDS,
     SPLITS,
-    Account,
+    Draws,
     Entity,
-    Reader,
+    State,
     TinyWiki,
-    all_titles,
-    compile_wording,
-    count_names,
+    TinyWikiError,
+    Walk,
     entity_of,
-    title_of,
-    tree_of,
+    fingerprint,
+    titles,
+    world,
 )
 
-FINGERPRINT = "4314e1abbf87c2183662920c2e9d616b78f41726b8a603e1fa71e8522212a508"  # of the default training text; changes only with the grammar
+
+# SHA-256 of the splits of world 0 and of world 5; they change with the world and its size
+HASHES = {
+    (0, "train"): "4314e1abbf87c2183662920c2e9d616b78f41726b8a603e1fa71e8522212a508",
+    (
+        0,
+        "validation",
+    ): "085cadf0bb058ee5216f1726f33e5136454e79cb44ba3bb6048570500299f018",
+    (0, "test"): "e99d3b3fc23f59160a734c36ba74ea9bc7e588382b101de8958b98d27ab49cab",
+    (
+        5,
+        "validation",
+    ): "757d8cca152db1fbec6e922411b21f4a9374cd4f4563edc4328ef67e7ab35add",
+}
+BEGINNING = State(0, {}, (), {})
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +64,31 @@ def text_of(articles):
     return "".join(article.text for article in articles)
 
 
-def test_the_text_is_the_same_everywhere(corpus):
-    assert hashlib.sha256(text_of(corpus["train"]).encode()).hexdigest() == FINGERPRINT
+@pytest.mark.parametrize(("seed", "split"), HASHES)
+def test_the_text_is_the_same_everywhere(corpus, seed, split):
+    articles = TinyWiki(seed).articles(split) if seed else corpus[split]
+    digest = hashlib.sha256(text_of(articles).encode()).hexdigest()
+    assert digest == HASHES[seed, split]
+
+
+def test_draws_are_the_documented_digest():
+    draws = Draws(7, "some/stream")
+    digest = b"".join(
+        hashlib.blake2b(f"7/some/stream/{k}".encode(), digest_size=64).digest()
+        for k in range(2)
+    )
+    for k in range(16):
+        word = int.from_bytes(digest[8 * k : 8 * k + 8], "little")
+        assert draws.below(1000) == word * 1000 >> 64
+
+
+def test_weights_are_probabilities():
+    draws, counts = Draws(0, "weights"), [0, 0, 0, 0]
+    for _ in range(4000):
+        counts[draws.pick((1, 0, 2, 5))] += 1
+    assert counts[1] == 0 and sum(counts) == 4000
+    for count, weight in zip(counts, (1, 0, 2, 5)):
+        assert abs(count - 500 * weight) < 5 * math.sqrt(500 * weight + 1)
 
 
 @pytest.mark.parametrize("salt", ["0", "1"])
@@ -116,32 +157,60 @@ def test_each_article_has_one_derivation_at_the_writers_price(wiki, corpus):
         found = wiki.parse(article.text)
         assert len(found) == 1, article.title
         assert found[0].text == article.text
-        for account in ("nats_known", "nats_unknown", "nats_floor"):
-            assert math.isclose(
-                getattr(found[0], account), getattr(article, account), abs_tol=1e-9
-            )
+        assert found[0] == article  # every choice and every fact, with its price
 
 
-def test_the_reader_finds_the_choices_the_writer_made(wiki, corpus):
-    for number, article in enumerate(corpus["validation"][:60]):
-        (choices,) = Reader(
-            0, Entity(article.kind, article.index), article.text
-        ).derivations()
-        account = wiki.writer("validation", number).account
-        assert (
-            len(choices) == len(account.choices) - 3
-        )  # the kind, being famous, the name
-        assert math.isclose(
-            sum(nats for _, nats in account.choices), article.nats_known, abs_tol=1e-9
-        )
+def test_prices_are_the_logarithms_of_the_chances():
+    """All texts of a small grammar: the probabilities by price add up to one."""
+    words = compile_wording("[a|b[ c|]] <1..3>[, <month>|]")
+    part = Choice([[], words], (3, 13))
+    expected = {"": 3 / 16}
+    for first, p in (("a", 1 / 2), ("b c", 1 / 4), ("b", 1 / 4)):
+        for n in "123":
+            expected[f"{first} {n}"] = 13 / 16 * p / 3 / 2
+            for month in tinywiki.CALENDAR["@month"]:
+                expected[f"{first} {n}, {month}"] = 13 / 16 * p / 3 / 2 / 12
+    assert math.isclose(sum(expected.values()), 1)
+    for text, p in expected.items():
+        states = Walk(0, Entity("town", 0), text).steps(part, BEGINNING)
+        (state,) = [state for state in states if state.at == len(text)]
+        assert math.isclose(math.exp(-sum(nats for _, nats in state.choices)), p)
+
+
+def test_a_fact_costs_once_and_a_part_stands_for_the_whole():
+    words = compile_wording("{upper} {lower} {upper.river} {length} {length}")
+    river = Entity("river", 3)
+    (state,) = Walk(0, river, Draws(0, "x")).steps(words, BEGINNING)
+    upper = tinywiki.know(0, river)[0]["upper"]
+    n = FAMOUS["town"]
+    assert state.told == {
+        (river, "towns"): math.log(n * (n - 1)),
+        (upper, "river"): math.log(FAMOUS["river"]),
+        (river, "length"): math.log(50),
+    }
+
+
+def test_what_follows_from_the_title_is_free():
+    words = compile_wording("{name} {town} {^town}")
+    (state,) = Walk(0, Entity("team", 3), Draws(0, "x")).steps(words, BEGINNING)
+    assert state.told == {}
+
+
+def test_a_subject_without_the_fact_draws_nothing():
+    node = Choice([[], ["native"]], (2, 14), "native")
+    obscure = Entity("town", FAMOUS["town"])
+    draws = Draws(0, "x")
+    assert Walk(0, obscure, draws).steps(node, BEGINNING) == [BEGINNING]
+    assert draws.count == 0
+    assert len(Walk(0, Entity("town", 0), "native").steps(node, BEGINNING)) == 2
 
 
 def test_the_floors_are_ordered(corpus):
     for article in itertools.chain(*corpus.values()):
         assert 0 < article.nats_known <= article.nats_floor <= article.nats_unknown
-        if article.famous:
+        if article.subject.famous:
             assert article.nats_floor == article.nats_known
-    obscure = [article for article in corpus["train"] if not article.famous]
+    obscure = [a for a in corpus["train"] if not a.subject.famous]
     assert all(article.nats_floor > article.nats_known for article in obscure)
 
 
@@ -155,8 +224,8 @@ def test_samples_agree_on_the_floor(corpus):
 
 def test_an_ambiguous_wording_is_found():
     planted = compile_wording(" It is [old|small|old[ and small|]] .")
-    reader = Reader(0, Entity("town", 0), " It is old .")
-    assert len(reader.advance(planted, [(0, {}, ())])) == 2
+    reader = Walk(0, Entity("town", 0), " It is old .")
+    assert len(reader.steps(planted, BEGINNING)) == 2
 
 
 @pytest.mark.parametrize("change", ["", "x", " \n = Nowhere = \n \n", "a town"])
@@ -168,28 +237,38 @@ def test_other_text_has_no_derivation(wiki, corpus, change):
 
 
 def test_names_are_a_bijection():
-    assert len(all_titles()) == sum(count_names(kind) for kind in KINDS)
+    every = [title for kind in KINDS for title in titles(3, kind)]
+    assert len(set(every)) == len(every)
     for kind in KINDS:
-        assert count_names(kind) >= 5000
-        titles = {
-            title_of(3, Entity(kind, index)) for index in range(count_names(kind))
-        }
-        assert len(titles) == count_names(kind)
-        assert all(
-            entity_of(3, title_of(3, Entity(kind, i))) == (kind, i)
-            for i in range(0, count_names(kind), 97)
-        )
+        assert len(titles(3, kind)) >= 5000
+        for i in range(0, len(titles(3, kind)), 97):
+            assert entity_of(3, titles(3, kind)[i]) == (kind, i)
     assert entity_of(0, "Nowhere") is None
+    assert sorted(titles(0, "town")) == sorted(titles(3, "town")) != titles(0, "town")
 
 
 def test_kinds_and_wordings_are_many():
     assert len(KINDS) >= 7 and 100 <= sum(FAMOUS.values()) <= 200
-    for kind in KINDS:
-        groups = re.findall(r"^\* .*\n((?:[^*=\n-].*\n)+)", GRAMMAR[kind], re.MULTILINE)
-        assert len(groups) >= 9 and all(
-            len(group.splitlines()) >= 5 for group in groups
-        ), kind
-        assert tree_of(kind)
+
+
+def sentences_of(node):
+    """The choices among wordings below a node, each of which begins with a space."""
+    if isinstance(node, Choice) and not node.weights:
+        yield node.options
+    elif isinstance(node, (Choice, list)):
+        for child in node.options if isinstance(node, Choice) else node:
+            yield from sentences_of(child)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_sentence_has_five_wordings(kind):
+    sections = [node for node in world()[kind].tree if isinstance(node, (Choice, list))]
+    groups = [
+        options
+        for options in sentences_of(sections)
+        if all(option and str(option[0]).startswith(" ") for option in options)
+    ]
+    assert len(groups) >= 9 and all(len(options) >= 5 for options in groups)
 
 
 def test_towns_rivers_and_people_agree(wiki):
@@ -209,7 +288,7 @@ def test_articles_agree_with_each_other(corpus):
     """Read the facts off the text with regular expressions and compare across articles."""
     river_of = {}
     for article in corpus["train"]:
-        if article.kind == "town":
+        if article.subject.kind == "town":
             river_of.setdefault(article.title, set()).update(
                 re.findall(r"River (\w+)", article.text)
             )
@@ -217,7 +296,7 @@ def test_articles_agree_with_each_other(corpus):
     assert all(len(rivers) == 1 for rivers in river_of.values())
     for article in corpus["train"]:
         town = article.title.split(" women 's")[0]
-        if article.kind == "team" and town in river_of:
+        if article.subject.kind == "team" and town in river_of:
             rivers = set(re.findall(r"River (\w+)", article.text))
             assert rivers <= river_of[town]
             checked += bool(rivers)
@@ -259,53 +338,76 @@ def test_question_marks_are_rare(corpus):
     assert 0 < text.count(" ? ") < 100
 
 
-def test_probes_are_phrases_of_the_corpus(wiki, corpus):
-    probes = wiki.probes()
-    families = {
-        family: [p for p in probes if p.family == family]
-        for family in ("name", "recall", "question")
-    }
-    assert all(len(members) >= 40 for members in families.values())
-    assert all(
-        p.answer in p.candidates and len(set(p.candidates)) == len(p.candidates)
-        for p in probes
-    )
-    text = text_of(corpus["train"])
-    assert (
-        sum(f"{p.prompt} {p.answer} " in text for p in families["recall"])
-        > len(families["recall"]) / 2
-    )
-    assert not any(p.prompt in text for p in families["question"])
-    assert wiki.is_person_name(" , Alice Winter") and wiki.is_person_name(
-        f" {wiki.person_names()[5]}"
-    )
-    assert not wiki.is_person_name(" in the town") and not wiki.is_person_name("")
-
-
 def test_a_filler_may_not_exclude_what_is_untold():
-    with pytest.raises(ValueError, match="'friend' before the text tells it"):
-        Account(0).check_told(Entity("person", 0), "friend")
+    person = Entity("person", 0)
+    stranger = Filler("y", "@person", ("friend",))
+    told = {(person, "friend"): 1.0}
+    friend = tinywiki.know(0, person)[0]["friend"]
+    others = Walk(0, person, "").candidates(stranger, BEGINNING._replace(told=told))
+    assert len(others) == FAMOUS["person"] - 2
+    assert person not in others and friend not in others
+    with pytest.raises(TinyWikiError, match="person.txt: a filler excludes 'friend'"):
+        Walk(0, person, "").candidates(stranger, BEGINNING)
+
+
+def test_the_fingerprint_knows_every_file(tmp_path, monkeypatch):
+    before = fingerprint()
+    folder = tmp_path / "workshop"
+    shutil.copytree(Path(tinywiki.__file__).parent, folder)
+    monkeypatch.setattr(tinywiki.resources, "files", lambda _: folder)
+    assert fingerprint() == before
+    for name in ("world/album.txt", "world/person.txt", "tinywiki.py", "grammar.py"):
+        (folder / name).write_bytes((folder / name).read_bytes() + b"\n")
+        assert fingerprint() != before
+        before = fingerprint()
+
+
+def test_a_size_that_does_not_fit_is_one_line(monkeypatch):
+    monkeypatch.setitem(FAMOUS, "river", 11)
+    with pytest.raises(TinyWikiError, match="SIZE has .*'river': 11") as caught:
+        world.__wrapped__()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_smaller_world_is_as_sound():
+    """The settings may be made smaller: facts agree, one derivation each."""
+    program = """
+import gptlib.workshop.tinywiki as t
+t.FAMOUS.update(town=12, river=6, team=10, species=5, ship=4, album=5, person=12)
+wiki = t.TinyWiki()
+for k in range(150):
+    article = wiki.article("train", k)
+    assert wiki.parse(article.text) == [article]
+for index, _ in wiki.entities("town"):
+    town = wiki.facts("town", index)
+    assert t.Entity("town", index) in wiki.facts(*town["river"])["towns"]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: TinyWiki(-1), "seed -1"),
-        (lambda: TinyWiki("0"), "seed '0'"),
+        (lambda: TinyWiki(-1), "seed is -1"),
+        (lambda: TinyWiki("0"), "seed is '0'"),
         (
             lambda: TinyWiki().article("dev", 0),
-            "split 'dev' is unknown; choose one of train",
+            "split is 'dev'; it must be one of train",
         ),
-        (lambda: TinyWiki().articles("dev"), "split 'dev'"),
-        (lambda: TinyWiki().articles("train", 0), "n_bytes 0 must be at least 1"),
-        (lambda: TinyWiki().article("train", -1), "article number -1"),
-        (lambda: TinyWiki().facts("planet", 0), "kind 'planet'"),
-        (lambda: TinyWiki().facts("town", 10**6), "index 1000000"),
-        (lambda: TinyWiki().entities("planet"), "kind 'planet'"),
+        (lambda: TinyWiki().articles("dev"), "split is 'dev'"),
+        (lambda: TinyWiki().articles("train", 0), "n_bytes is 0; it must be one of 1"),
+        (lambda: TinyWiki().article("train", -1), "article number is -1"),
+        (lambda: TinyWiki().facts("planet", 0), "kind is 'planet'"),
+        (lambda: TinyWiki().facts("town", 10**6), "index of a town is 1000000"),
+        (lambda: TinyWiki().facts("town", -1), "index of a town is -1"),
+        (lambda: TinyWiki().entities("planet"), "kind is 'planet'"),
     ],
 )
 def test_bad_arguments_give_one_line(call, words):
-    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+    with pytest.raises(GptlibError, match=re.escape(words)) as caught:
         call()
     assert "\n" not in str(caught.value)
 
@@ -316,6 +418,4 @@ def test_the_shell_says_what_is_wrong():
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1 and done.stderr.startswith(
-        "tinywiki: split 'dev' is unknown"
-    )
+    assert done.returncode == 1 and done.stderr.startswith("tinywiki: split is 'dev'")

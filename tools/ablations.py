@@ -18,14 +18,20 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+
 LEDGER = Path(__file__).parents[1] / "ledger" / "ablations" / "runs.jsonl"
 STEPS = 1000  # of 16 x 128 tokens
-ADAMW, MUON = 4e-3, 8e-3  # the best rates of the group `rates`, at the report's schedule
+ADAMW, MUON = (
+    4e-3,
+    8e-3,
+)  # the best rates of the group `rates`, at the report's schedule
 REPORT = {"warmup_fraction": 800 / 3400, "decay_fraction": 6000 / 3400}
 WARM, WHOLE = {"warmup_fraction": 0.05}, {"decay_fraction": 1.0}
 TRAPEZOID = {"cooldown_fraction": 0.5}
 MUON_ON = {"optimizer": "muon", "learning_rate": MUON}
-ALL = WARM | TRAPEZOID | MUON_ON | {"final_learning_rate": 0.0, "zero_projections": True}
+ALL = (
+    WARM | TRAPEZOID | MUON_ON | {"final_learning_rate": 0.0, "zero_projections": True}
+)
 
 
 def named_rates(prefix: str, rates: list[float], **changes) -> dict[str, dict]:
@@ -63,9 +69,12 @@ GROUPS = {
     # once `together` had shown that a third of the tokens is too few: can another rate or batch mend that?
     "third": (
         {
-            "a third, rate halved": ALL | {"steps": STEPS // 3, "learning_rate": MUON / 2},
-            "a third, rate doubled": ALL | {"steps": STEPS // 3, "learning_rate": MUON * 2},
-            "a third, a quarter of the batch": ALL | {"batch_size": 4, "steps": 4 * STEPS // 3},
+            "a third, rate halved": ALL
+            | {"steps": STEPS // 3, "learning_rate": MUON / 2},
+            "a third, rate doubled": ALL
+            | {"steps": STEPS // 3, "learning_rate": MUON * 2},
+            "a third, a quarter of the batch": ALL
+            | {"batch_size": 4, "steps": 4 * STEPS // 3},
             "a third, a quarter of the batch, rate halved": ALL
             | {"batch_size": 4, "steps": 4 * STEPS // 3, "learning_rate": MUON / 2},
             "a third, half the batch, rate halved": ALL
@@ -81,7 +90,9 @@ def config_of(changes: dict, seed: int, tokenizer: Path):
     from gptlib.training import TrainConfig
 
     model = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=2048)
-    settings = {"learning_rate": ADAMW, "steps": STEPS, "batch_size": 16} | REPORT | changes
+    settings = (
+        {"learning_rate": ADAMW, "steps": STEPS, "batch_size": 16} | REPORT | changes
+    )
     settings.setdefault("final_learning_rate", settings["learning_rate"] / 10)
     return TrainConfig(
         model=model, corpus="books", tokenizer=str(tokenizer), seed=seed,
@@ -97,7 +108,10 @@ def own_tokenizer() -> Path:
     path = cache_dir() / "ablations" / "tokenizer.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        texts = (piece.text[:20_000] for piece in islice(load_corpus("books").pieces("train"), 200))
+        texts = (
+            piece.text[:20_000]
+            for piece in islice(load_corpus("books").pieces("train"), 200)
+        )
         Tokenizer.from_merges(train_bpe(texts, 2048), "books-2048").save(path)
     return path
 
@@ -112,7 +126,9 @@ def run_one(name: str, changes: dict, seed: int) -> dict:
     config = config_of(changes, seed, own_tokenizer())
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        options = RunOptions(out=out, precision="fp32", micro_batch_size=16, progress=False)
+        options = RunOptions(
+            out=out, precision="fp32", micro_batch_size=16, progress=False
+        )
         run = run_training(config, options)
         rows, times = read_rows(out / "metrics.jsonl"), read_rows(out / "timings.jsonl")
     ids = load_tokens("books", run.tokenizer).split("validation").ids[:131_073]
@@ -135,20 +151,28 @@ def rows() -> list[dict]:
 def add(row: dict) -> None:
     with LEDGER.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-    print(f"{row['name']}, seed {row['seed']}: {row['validation_loss']:.4f}", flush=True)
+    print(
+        f"{row['name']}, seed {row['seed']}: {row['validation_loss']:.4f}", flush=True
+    )
 
 
 def start(group: str, name: str, seed: int) -> None:
     """Run a candidate in a process of its own and add its line to the ledger."""
-    wanted = dataclasses.asdict(config_of(GROUPS[group][0][name], seed, own_tokenizer()))
-    for row in rows():  # a run is a function of its configuration: no need to do one twice
+    wanted = dataclasses.asdict(
+        config_of(GROUPS[group][0][name], seed, own_tokenizer())
+    )
+    for (
+        row
+    ) in rows():  # a run is a function of its configuration: no need to do one twice
         if row["config"] == wanted | {"tokenizer": row["config"]["tokenizer"]}:
             return add(row | {"name": name})
     command = [sys.executable, __file__, group, name, str(seed)]
     threads = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     found = subprocess.run(command, capture_output=True, text=True, env=threads)
     if found.returncode:
-        return print(f"{name}, seed {seed} failed: {found.stderr.strip().splitlines()[-1]}")
+        return print(
+            f"{name}, seed {seed} failed: {found.stderr.strip().splitlines()[-1]}"
+        )
     add(json.loads(found.stdout.strip().splitlines()[-1]))
 
 

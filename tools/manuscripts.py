@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
+import sys
 import tomllib
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
-import jupytext
-import nbformat
+
+# jsonschema would spend two seconds on a grammar of addresses, which no notebook needs
+sys.modules.setdefault("rfc3987_syntax", None)
+
+import jupytext  # noqa: E402
+import nbformat  # noqa: E402
+
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
 NOTEBOOKS = ROOT / "notebooks"
 PACKAGE = ROOT / "gptlib"
 STEM = re.compile(r"(?P<workshop>W?)(?P<number>\d+)_(?P<name>[a-z][a-z0-9_]*)")
+NOT_PLAIN = {"index", "library", "bibliography"}  # pages that only the site has
 
 
 class ManuscriptError(ValueError):
@@ -42,9 +50,17 @@ class Chapter:
         return int(STEM.fullmatch(self.stem)["number"])
 
     @property
+    def label(self) -> str:
+        """What its numbers begin with, `4` or `W4`; nothing for a page of the book."""
+        found = STEM.fullmatch(self.stem)
+        return found["workshop"] + str(self.number) if found else ""
+
+    @property
     def module(self) -> str:
         """The module below `gptlib` that it exports: `attention`, `workshop.files`."""
-        return ("workshop." if self.workshop else "") + STEM.fullmatch(self.stem)["name"]
+        return ("workshop." if self.workshop else "") + STEM.fullmatch(self.stem)[
+            "name"
+        ]
 
     @property
     def module_path(self) -> Path:
@@ -61,8 +77,25 @@ class Chapter:
 
     @cached_property
     def notebook(self) -> nbformat.NotebookNode:
-        """The manuscript as a notebook without outputs."""
-        return jupytext.reads(self.text, fmt="md:myst")
+        """The manuscript without outputs; a cell's id depends on its text alone."""
+        notebook, seen = jupytext.reads(self.text, fmt="md:myst"), {}
+        for cell in notebook.cells:
+            cell.id = new_id(cell.cell_type, cell.source, seen)
+        return notebook
+
+    @cached_property
+    def cells(self) -> list[tuple[nbformat.NotebookNode, int]]:
+        """Its cells, each with the line of the manuscript on which the text begins."""
+        place, cells = 0, []
+        for cell in self.notebook.cells:
+            place = max(place, self.text.find(cell.source, place))
+            cells.append((cell, self.text.count("\n", 0, place) + 1))
+            place += len(cell.source)
+        return cells
+
+    def at(self, line: int) -> str:
+        """`book/chapters/04_attention.md:12`, to begin a message with."""
+        return f"{self.path.relative_to(ROOT).as_posix()}:{line}"
 
     @cached_property
     def title(self) -> str:
@@ -73,7 +106,7 @@ class Chapter:
 
     @property
     def code_cells(self) -> list[nbformat.NotebookNode]:
-        return [cell for cell in self.notebook.cells if cell.cell_type == "code"]
+        return [cell for cell, _ in self.cells if cell.cell_type == "code"]
 
     @property
     def exported(self) -> list[nbformat.NotebookNode]:
@@ -84,11 +117,34 @@ class Chapter:
 @cache
 def chapters() -> tuple[Chapter, ...]:
     """All manuscripts: the lessons by number, then the workshop by number."""
-    found = [Chapter(p) for part in ("chapters", "workshop") for p in (BOOK / part).glob("*.md")]
+    found = [
+        Chapter(p)
+        for part in ("chapters", "workshop")
+        for p in (BOOK / part).glob("*.md")
+    ]
     for chapter in found:
         if not STEM.fullmatch(chapter.stem):
-            raise ManuscriptError(f"{chapter.path.name}: name it NN_name.md or WN_name.md")
+            raise ManuscriptError(
+                f"{chapter.path.name}: name it NN_name.md or WN_name.md"
+            )
     return tuple(sorted(found, key=lambda chapter: (chapter.workshop, chapter.number)))
+
+
+@cache
+def pages() -> tuple[Chapter, ...]:
+    """The other pages of the book, such as setup and notation."""
+    return tuple(Chapter(path) for path in sorted(BOOK.glob("*.md")))
+
+
+def text_hash(cell_type: str, source: str) -> str:
+    return hashlib.sha256(f"{cell_type}\n{source}".encode()).hexdigest()[:10]
+
+
+def new_id(cell_type: str, source: str, seen: dict[str, int]) -> str:
+    """The hash of a cell's text, and how many cells with that text came before."""
+    key = text_hash(cell_type, source)
+    seen[key] = seen.get(key, 0) + 1
+    return f"{key}-{seen[key]}"
 
 
 @cache
@@ -99,9 +155,11 @@ def floors() -> tuple[str, ...]:
 
 
 def plain_python(source: str) -> str:
-    """A cell's source without IPython magics and shell lines, so that `ast` can read it."""
+    """A cell's source without IPython magics and shell lines, for `ast`."""
     lines = source.split("\n")
-    return "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines)
+    return "\n".join(
+        "" if line.lstrip().startswith(("%", "!")) else line for line in lines
+    )
 
 
 def gptlib_imports(source: str) -> set[str]:

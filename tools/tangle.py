@@ -1,7 +1,7 @@
 """Tangle: the exported cells of a chapter, one after another, are its module of gptlib.
 
 python tools/tangle.py            write every module
-python tools/tangle.py --check    write nothing; exit 1 with a diff if a module is out of date
+python tools/tangle.py --check    exit 1 with a diff if a module is out of date
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ast
 import difflib
 import sys
 from pathlib import Path
+
 
 sys.path.insert(0, str(Path(__file__).parent))
 from manuscripts import (
@@ -21,6 +22,7 @@ from manuscripts import (
     floors,
     gptlib_imports,
 )
+
 
 CURE = "mend: edit the manuscript, then run `make tangle`"
 
@@ -39,14 +41,21 @@ def tangle(chapter: Chapter) -> str:
         imports = [isinstance(n, ast.Import | ast.ImportFrom) for n in tree.body]
         if any(imports) and (cell != cells[0] or not all(imports)):
             raise ManuscriptError(
-                f"{chapter.stem}: the first exported cell holds all imports of the module "
-                f"and nothing else; move {cell.splitlines()[0]!r}"
+                f"{chapter.stem}: the first exported cell holds all imports of the "
+                f"module and nothing else; move {cell.splitlines()[0]!r}"
             )
         if cell == cells[-1] and "\ndef main(" in "\n" + cell:
             cells[-1] += '\n\n\nif __name__ == "__main__":\n    main()'
     path = chapter.path.relative_to(ROOT).as_posix()
-    head = f'"""{chapter.title}.\n\nTangled from {path}; change it there, not here.\n"""'
-    return head + "\n\nfrom __future__ import annotations\n\n" + "\n\n\n".join(cells) + "\n"
+    head = (
+        f'"""{chapter.title}.\n\nTangled from {path}; change it there, not here.\n"""'
+    )
+    return (
+        head
+        + "\n\nfrom __future__ import annotations\n\n"
+        + "\n\n\n".join(cells)
+        + "\n"
+    )
 
 
 def check_floors(chapter: Chapter, source: str) -> None:
@@ -60,8 +69,8 @@ def check_floors(chapter: Chapter, source: str) -> None:
     for name in sorted(gptlib_imports(source)):
         if order.index(name) >= order.index(chapter.module):
             raise ManuscriptError(
-                f"{chapter.stem}: imports gptlib.{name}, which stands on a higher floor; "
-                "hand it in as an argument, or move the code"
+                f"{chapter.stem}: imports gptlib.{name}, which stands on a higher "
+                "floor; hand it in as an argument, or move the code"
             )
 
 
@@ -78,13 +87,15 @@ def main() -> None:
         if new != old and check:
             stale.append(name)
             lines = old.splitlines(True), new.splitlines(True)
-            sys.stdout.writelines(difflib.unified_diff(*lines, name, chapter.stem + ".md"))
+            sys.stdout.writelines(
+                difflib.unified_diff(*lines, name, chapter.stem + ".md")
+            )
         elif new != old:
             path.write_text(new, encoding="utf-8")
             print(f"tangled {chapter.stem} -> {name}")
     for path in sorted({*PACKAGE.rglob("*.py")} - expected):
         raise ManuscriptError(
-            f"{path.relative_to(ROOT)}: no chapter makes it; delete it or write its chapter"
+            f"{path.relative_to(ROOT)}: no chapter makes it; delete it or write one"
         )
     if stale:
         sys.exit(f"out of date: {', '.join(stale)}; {CURE}")

@@ -1,35 +1,48 @@
-"""Weave: execute book/chapters/NN_name.md into notebooks/NN_name.ipynb, outputs kept.
+"""Weave: execute a manuscript into its notebook, in plain Markdown, outputs kept.
 
-    python tools/weave.py                 execute the chapters whose text or imported modules changed
-    python tools/weave.py 04_attention    only this one (executed even if nothing changed)
-    python tools/weave.py --all           every chapter
-    python tools/weave.py --inputs        update the notebooks' input cells, execute nothing
-    python tools/weave.py --check         write nothing; exit 1 if a notebook is out of date
-    python tools/weave.py --to FOLDER     write there instead of notebooks/ (what `make book` does)
+python tools/weave.py                 execute what changed: code or imported modules
+python tools/weave.py 04_attention    only this one, executed even if nothing changed
+python tools/weave.py --all           every chapter
+python tools/weave.py --text          bring the text up to date, execute nothing
+python tools/weave.py --check         write nothing; exit 1 if out of date
+python tools/weave.py --to FOLDER     write there, as `make book` does
 
-What changed is decided by a hash of the chapter and of every gptlib module it imports, kept in the
-notebook; file times never matter.
+What changed is decided by a hash of the chapter's code and of every gptlib module that
+it imports, kept in the notebook. A notebook with cells written by hand is left alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import os
 import sys
-import textwrap
 import time
 from functools import cache
 from pathlib import Path
 
-import nbformat
+import yaml
+
 
 sys.path.insert(0, str(Path(__file__).parent))
-from manuscripts import NOTEBOOKS, PACKAGE, ROOT, Chapter, ManuscriptError, chapters, gptlib_imports
+from manuscripts import (
+    NOTEBOOKS,
+    PACKAGE,
+    ROOT,
+    Chapter,
+    ManuscriptError,
+    chapters,
+    floors,
+    gptlib_imports,
+    nbformat,
+    new_id,
+    text_hash,
+)
+from plain import plain_cells, targets
 
+
+Notebook = nbformat.NotebookNode
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
-CURE = "mend: run `make weave` and commit notebooks/"
 
 
 def source_path(module: str) -> Path:
@@ -44,86 +57,127 @@ def imports_of_module(module: str) -> frozenset[str]:
 
 
 def source_hash(chapter: Chapter) -> str:
-    """Hash of all that decides a chapter's outputs: its code and every gptlib module it imports.
-
-    Prose does not count, so that mending a sentence never makes a notebook stale.
-    """
+    """Hash of a chapter's code and of all of gptlib that it uses: not of its prose."""
     code = [cell.source for cell in chapter.code_cells]
-    needed = set().union(
-        *(imports_of_module(name) for source in code for name in gptlib_imports(source))
-    )
+    direct = set().union(*(gptlib_imports(source) for source in code))
+    if any(f"import gptlib{end}" in f"{s}\n" for s in code for end in ("\n", " as")):
+        direct |= set(floors())  # which of them it uses cannot be seen
+    needed = set().union(*(imports_of_module(name) for name in direct))
+    files = [source_path(name) for name in sorted(needed)]
+    if "workshop.tinywiki" in needed:
+        world = (PACKAGE / "workshop").rglob("*")
+        files += sorted(p for p in world if p.suffix in (".txt", ".json", ".toml"))
     digest = hashlib.sha256()
-    for part in code + [
-        source_path(name).read_text(encoding="utf-8") for name in sorted(needed)
-    ]:
+    for part in code + [path.read_text(encoding="utf-8") for path in files]:
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
 
 
-def inputs(chapter: Chapter) -> nbformat.NotebookNode:
-    """The chapter as a notebook without outputs, with cell ids that depend on its text alone."""
-    cells, seen = [], {}
-    for cell in chapter.notebook.cells:
-        key = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:10]
-        seen[key] = seen.get(key, 0) + 1
-        make = (
-            nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
-        )
-        metadata = {
-            name: cell.metadata[name] for name in ("tags", "mystnb") if name in cell.metadata
-        }
-        cells.append(make(cell.source, id=f"{key}-{seen[key]}", metadata=metadata))
-    metadata = {
-        "kernelspec": KERNELSPEC,
-        "language_info": {"name": "python"},
-        "gptlib": {
-            **chapter.notebook.metadata.get("gptlib", {}),
-            "source_hash": source_hash(chapter),
-        },
-    }
-    return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+def opening(chapter: Chapter) -> list[Notebook]:
+    """What a notebook says first, for whoever has it alone."""
+    kind = "Workshop chapter" if chapter.workshop else "Chapter"
+    text = f"*{kind} {chapter.label} of* How GPT works, and how to train one."
+    settings = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    address = (settings.get("repository") or {}).get("url")
+    cells = []
+    if any("gptlib" in cell.source for cell in chapter.code_cells) or chapter.exported:
+        what = f"git+{address}" if address else "."
+        where = "" if address else " in a copy of the book's repository"
+        text += f" It needs the library `gptlib`: `pip install {what}`{where}."
+        if address:
+            text += " On Colab the next cell does that."
+            code = f'if "google.colab" in sys.modules:\n    %pip install -q {what}'
+            cells = [nbformat.v4.new_code_cell(f"import sys\n\n{code}")]
+    return [nbformat.v4.new_markdown_cell(text), *cells]
 
 
-def with_stored_outputs(
-    fresh: nbformat.NotebookNode, stored: nbformat.NotebookNode
-) -> nbformat.NotebookNode:
-    """`fresh` with the outputs of `stored` for each cell that is in both."""
-    old = {cell.id: cell for cell in stored.cells if cell.cell_type == "code"}
-    for cell in fresh.cells:
+def inputs(chapter: Chapter) -> Notebook:
+    """The chapter as a notebook without outputs; a cell's id depends on its text."""
+    cells, problems = plain_cells(chapter)
+    if problems := targets()[1] + problems:
+        raise ManuscriptError(problems[0])
+    cells, seen = opening(chapter) + cells, {}
+    for cell in cells:
+        cell.id = new_id(cell.cell_type, cell.source, seen)
+    known = {"source_hash": source_hash(chapter)}
+    known |= chapter.notebook.metadata.get("gptlib", {})
+    python = {"kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
+    return nbformat.v4.new_notebook(cells=cells, metadata=python | {"gptlib": known})
+
+
+def with_outputs(cells: list, stored: Notebook | None) -> list:
+    """The cells with the outputs of `stored` for each code cell that is in both."""
+    code = (cell for cell in stored.cells if cell.cell_type == "code") if stored else ()
+    old = {cell.id: cell for cell in code}
+    for cell in cells:
         if cell.cell_type == "code" and cell.id in old:
-            cell.outputs, cell.execution_count = old[cell.id].outputs, old[cell.id].execution_count
-    return fresh
+            cell.outputs = old[cell.id].outputs
+            cell.execution_count = old[cell.id].execution_count
+    return cells
 
 
-def problem(chapter: Chapter, path: Path) -> str:
-    """Why the stored notebook at `path` is out of date, or '' if it is not."""
-    if not path.exists():
+def read(path: Path) -> Notebook | None:
+    """The notebook at `path`, None if there is none, an error if it is damaged."""
+    try:
+        return nbformat.read(path, as_version=4) if path.exists() else None
+    except Exception as error:
+        why = str(error).splitlines()[0][:80]
+        raise ManuscriptError(
+            f"{path} is damaged ({why}); restore or delete it"
+        ) from None
+
+
+def never_executed(notebook: Notebook) -> bool:
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source]
+    return any(cell.execution_count is None for cell in code)
+
+
+def stored_hash(notebook: Notebook) -> str:
+    return notebook.metadata.get("gptlib", {}).get("source_hash", "")
+
+
+def view(notebook: Notebook) -> list:
+    """All of a notebook but its outputs."""
+    keys = ("tags", "jupyter")
+    cells = notebook.cells
+    return [(c.cell_type, c.source, [c.metadata.get(k) for k in keys]) for c in cells]
+
+
+def problem(fresh: Notebook, stored: Notebook | None) -> str:
+    """Why a stored notebook is out of date, or '' if it is not."""
+    if stored is None:
         return "no notebook yet"
-    fresh, stored = inputs(chapter), nbformat.read(path, as_version=4)
-    if not same_inputs(fresh, stored):
-        return "its input cells differ from the manuscript's"
-    if stored.metadata.get("gptlib", {}).get("source_hash") != fresh.metadata.gptlib.source_hash:
+    if stored_hash(stored) != stored_hash(fresh):
         return "a cell or an imported module changed since it was executed"
-    if any(
-        cell.execution_count is None
-        for cell in stored.cells
-        if cell.cell_type == "code" and cell.source
-    ):
+    if never_executed(stored):
         return "a cell was never executed"
-    return ""
+    return (
+        "" if view(fresh) == view(stored) else "its text differs from the manuscript's"
+    )
 
 
-def same_inputs(one: nbformat.NotebookNode, other: nbformat.NotebookNode) -> bool:
-    def view(notebook):
-        return [
-            (c.cell_type, c.source, c.metadata.get("tags", []), c.metadata.get("mystnb", {}))
-            for c in notebook.cells
-        ]
+def refuse_to_lose(fresh: Notebook, stored: Notebook, path: Path) -> None:
+    """Raises ManuscriptError, naming them, if a notebook has cells written by hand.
 
-    return view(one) == view(other)
+    Weave names a cell after its text, so a cell whose id does not fit its text is a
+    person's; it may go only if the manuscript has it too.
+    """
+    kept = {cell.source.strip() for cell in fresh.cells} | {""}
+    mine = [
+        cell.source.strip()
+        for cell in stored.cells
+        if not cell.id.startswith(text_hash(cell.cell_type, cell.source))
+        and cell.source.strip() not in kept
+    ]
+    if mine:
+        firsts = "; ".join(repr(source.splitlines()[0][:60]) for source in mine)
+        raise ManuscriptError(
+            f"{path.name} holds cells written by hand, which would be lost: {firsts}; "
+            "move the file to lab/, or copy them into the manuscript"
+        )
 
 
-def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
+def execute(notebook: Notebook, folder: Path) -> None:
     """Run all cells in a fresh kernel whose working directory is `folder`."""
     import asyncio
     import warnings
@@ -135,136 +189,102 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     os.environ.setdefault("GPTLIB_RUNS", str(ROOT / "runs"))
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     client = NotebookClient(
-        notebook, timeout=None, record_timing=False, coalesce_streams=True, kernel_name="python3", extra_arguments=["--log-level=ERROR"],
+        notebook,
+        timeout=None,
+        record_timing=False,
+        coalesce_streams=True,
+        kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(folder)}},
-    )  # fmt: skip
+    )
     try:
         asyncio.run(client.async_execute())
     except CellExecutionError as error:
         raise ManuscriptError(f"a cell failed:\n{error}") from None
     notebook.metadata["language_info"] = {"name": "python"}
-    for number, cell in enumerate(c for c in notebook.cells if c.cell_type == "code"):
-        cell.execution_count = number + 1
+    places = [place for place in (str(ROOT), str(Path.home())) if len(place) > 5]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for number, cell in enumerate(code, start=1):
+        cell.execution_count = number
         for output in cell.outputs:
             if "execution_count" in output:
-                output["execution_count"] = number + 1
-            found = [
-                place
-                for place in (str(ROOT), str(Path.home()))
-                if len(place) > 5 and place in str(output)
-            ]
-            if found:
+                output["execution_count"] = number
+            if found := [place for place in places if place in str(output)]:
                 raise ManuscriptError(
-                    f"an output names a folder of this machine: {found[0]}; print something shorter in\n{cell.source}"
+                    f"an output names a folder of this machine: {found[0]}; "
+                    f"print something shorter in\n{cell.source}"
                 )
+
+
+def weave(chapter: Chapter, path: Path, forced: bool, text_only: bool) -> str:
+    """Bring one notebook up to date; returns what was done."""
+    fresh, stored = inputs(chapter), read(path)
+    if stored is not None:
+        refuse_to_lose(fresh, stored, path)
+    if not forced and not problem(fresh, stored):
+        return "is up to date"
+    began = time.perf_counter()
+    with_outputs(fresh.cells, stored)
+    current = stored is not None and stored_hash(stored) == stored_hash(fresh)
+    if text_only or (current and not forced and not never_executed(fresh)):
+        fresh.metadata.gptlib.source_hash = stored_hash(stored) if stored else ""
+        done = "text only"
+    else:
+        for cell in (cell for cell in fresh.cells if cell.cell_type == "code"):
+            cell.outputs, cell.execution_count = [], None
+        execute(fresh, path.parent)
+        done = f"{time.perf_counter() - began:.1f} s"
+    temporary = path.with_suffix(".part")  # by rename: an interruption loses nothing
+    nbformat.write(fresh, temporary)
+    os.replace(temporary, path)
+    return done
+
+
+def summary(folder: Path) -> None:
+    """Print what the cells tagged `summary` said, and the page to open."""
+    for path in sorted(folder.rglob("*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if "summary" in cell.metadata.get("tags", []):
+                print("".join(out.get("text", "") for out in cell.outputs).rstrip())
+    print(f"\nThe book: {(ROOT / '_build/html/index.html').as_uri()}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=textwrap.dedent(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("chapters", nargs="*", metavar="NN_name", help="only these chapters")
-    parser.add_argument("--all", action="store_true", help="execute even what has not changed")
-    parser.add_argument("--inputs", action="store_true", help="update input cells, execute nothing")
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 if a notebook is out of date"
-    )
-    parser.add_argument("--to", type=Path, default=NOTEBOOKS, help="folder to write notebooks to")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("chapters", nargs="*", metavar="NN_name")
+    for flag in ("--all", "--text", "--check", "--summary"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--to", type=Path, default=NOTEBOOKS, metavar="FOLDER")
     options = parser.parse_args()
-    chosen = chapters()
-    if options.chapters:
-        by_name = {chapter.stem: chapter for chapter in chosen}
-        unknown = [name for name in options.chapters if name not in by_name]
-        if unknown:
-            raise ManuscriptError(f"no chapter {unknown[0]!r}; there are {', '.join(by_name)}")
-        chosen = [by_name[name] for name in options.chapters]
-    if options.check:
-        return check(chosen)
-    options.to.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    for number, chapter in enumerate(chosen, start=1):
-        path = options.to / chapter.notebook_path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stored = next(
-            (nbformat.read(p, as_version=4) for p in (path, NOTEBOOKS / chapter.notebook_path) if p.exists()),
-            None,
-        )
-        if options.inputs:
-            if stored is None or not same_inputs(inputs(chapter), stored):
-                fresh = inputs(chapter)
-                if stored is not None:
-                    with_stored_outputs(fresh, stored)
-                    fresh.metadata.gptlib.source_hash = stored.metadata.get("gptlib", {}).get(
-                        "source_hash", ""
-                    )
-                write(fresh, path)
-                print(f"inputs of {path.name} updated")
-            continue
-        if not options.all and not options.chapters and not problem(chapter, path):
-            continue
-        notebook = inputs(chapter)
-        unchanged = (
-            stored is not None
-            and stored.metadata.get("gptlib", {}).get("source_hash")
-            == notebook.metadata.gptlib.source_hash
-        )
-        same_folder = path.exists() or options.to == NOTEBOOKS
-        print(f"[{number:2d}/{len(chosen)}] {chapter.stem} ", end="", flush=True)
-        began = time.perf_counter()
-        if unchanged and same_folder and not options.all and not options.chapters:
-            notebook = with_stored_outputs(notebook, stored)
-            done = "text only"
-            if any(
-                cell.execution_count is None
-                for cell in notebook.cells
-                if cell.cell_type == "code" and cell.source
-            ):
-                unchanged = False
-        else:
-            unchanged = False
-        if not unchanged:
-            try:
-                execute(notebook, path.parent)
-            except ManuscriptError as error:
-                print()
-                raise ManuscriptError(f"{chapter.stem}: {error}") from None
-            done = f"{time.perf_counter() - began:.1f} s"
-        write(notebook, path)
-        print(done, flush=True)
-    stale = {p.name for p in options.to.rglob("*.ipynb")} - {
-        c.notebook_path.name for c in chapters()
-    }
+    by_name = {chapter.stem: chapter for chapter in chapters()}
+    if unknown := [name for name in options.chapters if name not in by_name]:
+        names = ", ".join(by_name)
+        raise ManuscriptError(f"no chapter {unknown[0]!r}; there are {names}")
+    if options.summary:
+        return summary(options.to)
+    stale = 0
+    for name in options.chapters or by_name:
+        chapter, path = by_name[name], options.to / by_name[name].notebook_path
+        try:
+            if options.check:
+                why = problem(inputs(chapter), read(path))
+                stale += bool(why)
+                print(f"{name}: {why}\n" if why else "", end="")
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            print(name, end=" ", flush=True)
+            forced = options.all or bool(options.chapters)
+            print(weave(chapter, path, forced, options.text))
+        except ManuscriptError as error:
+            raise ManuscriptError(f"{name}: {error}") from None
     if stale:
-        raise ManuscriptError(f"{sorted(stale)[0]}: no chapter makes this notebook; delete it")
-    if not options.inputs:
-        print(f"woven in {time.perf_counter() - started:.0f} s")
-
-
-def write(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """Write by rename, so that an interrupted run leaves the old notebook whole."""
-    temporary = path.with_suffix(".tmp")
-    nbformat.write(notebook, temporary)
-    os.replace(temporary, path)
-
-
-def check(chosen: list[Chapter]) -> None:
-    stale = []
-    for chapter in chosen:
-        why = problem(chapter, NOTEBOOKS / chapter.notebook_path)
-        if why:
-            stale.append(chapter.stem)
-            print(f"notebooks/{chapter.stem}.ipynb: {why}")
-            if (NOTEBOOKS / chapter.notebook_path).exists():
-                stored = nbformat.read(NOTEBOOKS / chapter.notebook_path, as_version=4)
-                old, new = (
-                    "\n".join(cell.source for cell in nb.cells).split("\n")
-                    for nb in (stored, inputs(chapter))
-                )
-                print(
-                    "\n".join(difflib.unified_diff(old, new, "notebook", "manuscript", lineterm=""))
-                )
-    if stale:
-        sys.exit(f"out of date: {', '.join(stale)}; {CURE}")
+        raise ManuscriptError(f"{stale} notebooks are out of date; run `make weave`")
+    wanted = {chapter.notebook_path for chapter in chapters()}
+    for path in sorted(options.to.rglob("*.ipynb")):
+        inside = path.relative_to(options.to)
+        if inside not in wanted and ".ipynb_checkpoints" not in path.parts:
+            raise ManuscriptError(f"{path}: no chapter makes it; move it to lab/")
 
 
 if __name__ == "__main__":

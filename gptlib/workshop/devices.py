@@ -131,41 +131,6 @@ def cpu_has_bf16(information: dict[str, str]) -> tuple[bool, str]:
     return False, "the processor has no bf16 instructions"
 
 
-def describe_machine(device: torch.device) -> dict:
-    """What a run records about where it runs."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = cpu_information().get("model name") or platform.processor()
-    if sys.platform == "darwin":
-        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        name = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
-    return {
-        "device": device.type,
-        "device_name": name or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def describe_code() -> dict:
-    """Version, commit (None if it is not a checkout) and hash of gptlib's own files."""
-    folder, digest = Path(gptlib.__file__).parent, hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
-            digest.update(path.relative_to(folder).as_posix().encode())
-            digest.update(path.read_bytes())
-    commit = None
-    if (folder.parent / ".git").exists():
-        with contextlib.suppress(OSError):
-            asked = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-            answer = subprocess.run(asked, capture_output=True, text=True)
-            commit = answer.stdout.strip() or None
-    files = digest.hexdigest()[:16]
-    return {"version": gptlib.__version__, "commit": commit, "files": files}
-
-
 # dense peak in TFLOP/s from the makers' data sheets:
 # fp32 without TF32, and 16 bits with fp32 accumulation
 GPU_PEAKS = {
@@ -215,12 +180,6 @@ def total_memory(device: torch.device) -> int | None:
     return None
 
 
-def make_deterministic() -> None:
-    """Deterministic CUDA kernels from here on; call it before the first of them."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-
-
 OUT_OF_MEMORY = re.compile(
     "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
 )
@@ -243,3 +202,44 @@ def memory_advice() -> Iterator[None]:
             "out of memory; halve --micro-batch-size (the tokens per step stay the "
             "same); if it is 1 already, the model or its block_size is too large here"
         ) from error
+
+
+def describe_machine(device: torch.device) -> dict:
+    """What a run records about where it runs."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = cpu_information().get("model name") or platform.processor()
+    if sys.platform == "darwin":
+        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        name = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    return {
+        "device": device.type,
+        "device_name": name or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def describe_code() -> dict:
+    """Version, commit (None if it is not a checkout) and hash of gptlib's own files."""
+    folder, digest = Path(gptlib.__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(path.read_bytes())
+    commit = None
+    if (folder.parent / ".git").exists():
+        with contextlib.suppress(OSError):
+            asked = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+            answer = subprocess.run(asked, capture_output=True, text=True)
+            commit = answer.stdout.strip() or None
+    files = digest.hexdigest()[:16]
+    return {"version": gptlib.__version__, "commit": commit, "files": files}
+
+
+def make_deterministic() -> None:
+    """Deterministic CUDA kernels from here on; call it before the first of them."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)

@@ -102,7 +102,7 @@ def processes(device: torch.device) -> Iterator[Processes]:
         missing, rank, size = [], 0, 1
     elif missing:
         raise DistributionError(
-            f"WORLD_SIZE is set, {', '.join(missing)} is not; start the processes with "
+            f"WORLD_SIZE is set without {', '.join(missing)}; start the processes with "
             "torchrun, or unset WORLD_SIZE"
         )
     else:

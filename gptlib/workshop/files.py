@@ -38,9 +38,9 @@ class HashingFile:
 def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], None]) -> str:
     """Write a file so that `path` is never a part of it; returns the SHA-256.
 
-    content: text (written as UTF-8), bytes, or a function that writes to the binary file
-    it is given. At every moment `path` is absent, the old file or the new one, also if the
-    power fails. A write that fails leaves nothing behind.
+    content: text (written as UTF-8), bytes, or a function that writes to the binary
+    file it is given. At every moment `path` is absent, the old file or the new one,
+    also if the power fails. A write that fails leaves nothing behind.
     """
     path = Path(path)
     if isinstance(content, str):
@@ -86,19 +86,23 @@ def remove_leftovers(folder: Path) -> None:
 def lock(path: Path, wait: bool = True) -> Iterator[None]:
     """Context in which no other process holds the same lock file.
 
-    The lock ends with the process, however it ends; the empty file stays. With `wait=False`
-    it raises FileError if another process holds the lock, and names the process.
+    The lock ends with the process, however it ends; the empty file stays. With
+    `wait=False` it raises FileError, naming the process that holds the lock.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     note = path.with_name(path.name + ".pid")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(path, timeout=-1 if wait else 0).acquire()
     except Timeout:
         holder = note.read_text() if note.exists() else "unknown"
         raise FileError(
             f"{path.parent} is in use by process {holder}; wait for it, "
             "or choose another folder"
+        ) from None
+    except OSError as error:
+        raise FileError(
+            f"{path.parent} cannot be written ({error.strerror}); choose another folder"
         ) from None
     with held:
         if not wait:

@@ -80,36 +80,9 @@ class RunOptions:
             if value is not None and not low <= value < math.inf:
                 raise RunError(f"{name} is {value}; it must be at least {low}")
         for name, known in (("log", LOGGERS), ("precision", devices.PRECISIONS)):
-            if getattr(self, name) not in known:
-                raise RunError(
-                    f"unknown {name} {getattr(self, name)!r}; there are "
-                    + ", ".join(known)
-                )
-
-
-@dataclass(frozen=True)
-class Run:
-    """A trained model with all that is needed to use it."""
-
-    path: Path
-    model: GPT
-    tokenizer: Tokenizer
-    config: TrainConfig
-    step: int
-
-    def sample(self, prompt: str | Sequence[str] = "", *args, **options):
-        """The prompt with its continuation; for a list of prompts a list of texts.
-
-        Arguments as in `gptlib.sampling.stream_text`: max_new_tokens, temperature,
-        top_k, top_p, seed.
-        """
-        if isinstance(prompt, str):
-            return "".join(self.stream(prompt, *args, **options))
-        return sample_texts(self.model, self.tokenizer, prompt, *args, **options)
-
-    def stream(self, prompt: str = "", *args, **options) -> Iterator[str]:
-        """Yield the same text piece by piece, as it is drawn."""
-        return stream_text(self.model, self.tokenizer, prompt, *args, **options)
+            if (value := getattr(self, name)) not in known:
+                there = ", ".join(known)
+                raise RunError(f"unknown {name} {value!r}; there are {there}")
 
 
 def read_record(run: Path) -> dict | None:
@@ -121,33 +94,7 @@ def read_record(run: Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, GptlibError):
-            raise RunError(f"{path}: {error}") from None
         raise RunError(f"{path}: damaged or unreadable ({error}); restore it") from None
-
-
-def load_run(path: Path | str, which: str = "best", *, device: str = "cpu") -> Run:
-    """The model of a run: its `best` checkpoint by validation loss, or its `last`.
-
-    A damaged checkpoint is reported and the newest whole one taken. The optimiser's
-    state is not read. Raises RunError, CheckpointError.
-    """
-    path, record = Path(path), read_record(path)
-    if which not in ("best", "last"):
-        raise RunError(f"which is {which!r}; it must be best or last")
-    if record is None:
-        raise RunError(f"{path}: no run.json there; give the --out folder of a run")
-    tokenizer = own_tokenizer(path, record)
-    checkpoints, found = Checkpoints(path / "checkpoints", say=say), None
-    if which == "best":
-        found = checkpoints.load_best(model_only=True)
-    found = found or checkpoints.load_newest(model_only=True)
-    if found is None:
-        raise RunError(f"{path}: no checkpoint yet; let the run reach its first one")
-    model = GPT(record["config"].model)
-    model.load_state_dict(found[1]["model"])
-    model = model.to(devices.pick_device(device)).eval()
-    return Run(path, model, tokenizer, record["config"], found[0])
 
 
 def own_tokenizer(run: Path, record: dict) -> Tokenizer:
@@ -165,11 +112,9 @@ def decisive(config: TrainConfig) -> dict:
     """The settings that decide what a run learns, by name, the schedule in steps."""
     values = dataclasses.asdict(config)
     values |= {f"model.{key}": value for key, value in values.pop("model").items()}
-    for name in ("eval_interval", "eval_sequences"):
-        del values[name]
-    for name in ("warmup_fraction", "decay_fraction", "cooldown_fraction"):
-        del values[name]
-    return values | config.spans()
+    others = ("eval_interval", "eval_sequences")
+    others += ("warmup_fraction", "decay_fraction", "cooldown_fraction")
+    return {k: v for k, v in values.items() if k not in others} | config.spans()
 
 
 def check_folder(out: Path, config: TrainConfig) -> dict | None:
@@ -203,8 +148,8 @@ def check_record(old: dict, new: dict, out: Path) -> None:
     if changed:
         raise RunError(
             f"{out} was trained on another text under the name "
-            f"{new['config']['corpus']!r} (split {', '.join(changed)} differs); restore "
-            "it, or choose another --out"
+            f"{new['config']['corpus']!r} (split {', '.join(changed)} differs); "
+            "restore it, or choose another --out"
         )
     was, now = old["machine"], new["machine"]
     differences = [f"{k} {was.get(k)} -> {now[k]}" for k in now if was.get(k) != now[k]]
@@ -216,6 +161,55 @@ def check_record(old: dict, new: dict, out: Path) -> None:
             f"resuming on a changed machine ({'; '.join(differences)}): "
             "not bit for bit the same run"
         )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model with all that is needed to use it."""
+
+    path: Path
+    model: GPT
+    tokenizer: Tokenizer
+    config: TrainConfig
+    step: int
+
+    def sample(self, prompt: str | Sequence[str] = "", *args, **options):
+        """The prompt with its continuation; for a list of prompts a list of texts.
+
+        Arguments as in `gptlib.sampling.stream_text`: max_new_tokens, temperature,
+        top_k, top_p, seed.
+        """
+        if isinstance(prompt, str):
+            return "".join(self.stream(prompt, *args, **options))
+        return sample_texts(self.model, self.tokenizer, prompt, *args, **options)
+
+    def stream(self, prompt: str = "", *args, **options) -> Iterator[str]:
+        """Yield the same text piece by piece, as it is drawn."""
+        return stream_text(self.model, self.tokenizer, prompt, *args, **options)
+
+
+def load_run(path: Path | str, which: str = "best", *, device: str = "cpu") -> Run:
+    """The model of a run: its `best` checkpoint by validation loss, or its `last`.
+
+    A damaged checkpoint is reported and the newest whole one taken. The optimiser's
+    state is not read. Raises RunError, CheckpointError.
+    """
+    path, record = Path(path), read_record(path)
+    if which not in ("best", "last"):
+        raise RunError(f"which is {which!r}; it must be best or last")
+    if record is None:
+        raise RunError(f"{path}: no run.json there; give the --out folder of a run")
+    tokenizer = own_tokenizer(path, record)
+    checkpoints, found = Checkpoints(path / "checkpoints", say=say), None
+    if which == "best":
+        found = checkpoints.load_best(model_only=True)
+    found = found or checkpoints.load_newest(model_only=True)
+    if found is None:
+        raise RunError(f"{path}: no checkpoint yet; let the run reach its first one")
+    model = GPT(record["config"].model)
+    model.load_state_dict(found[1]["model"])
+    model = model.to(devices.pick_device(device)).eval()
+    return Run(path, model, tokenizer, record["config"], found[0])
 
 
 def load_init(model: GPT, source: Run, tokenizer: Tokenizer) -> None:
@@ -250,9 +244,8 @@ class Leg:
         self.config, self.options, self.world = config, options, world
         self.out = Path(options.out)
         record = check_folder(self.out, config)
-        self.micro_batch_size = fit_micro_batch(
-            config.batch_size, options.micro_batch_size, world.size
-        )
+        size = options.micro_batch_size
+        self.micro_batch_size = fit_micro_batch(config.batch_size, size, world.size)
         self.checkpoints = Checkpoints(self.out / "checkpoints", options.keep, self.say)
         self.tokenizer, tokens = self.open_data(record)
         ids = {name: tokens.split(name).ids for name in ("train", "validation")}
@@ -323,9 +316,14 @@ class Leg:
             if old["config"] == self.config:
                 return
             new = old | {"config": new["config"]}  # another interval of evaluation
-        else:
-            self.tokenizer.save(self.out / "tokenizer.json")
-        write_whole(self.out / "run.json", json.dumps(new, indent=1) + "\n")
+        try:
+            if not old:
+                self.tokenizer.save(self.out / "tokenizer.json")
+            write_whole(self.out / "run.json", json.dumps(new, indent=1) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"{self.out} cannot be written ({error.strerror}); make room"
+            ) from error
 
     def restore(self, record: dict | None) -> None:
         """Take up the newest whole checkpoint, the same one in all processes."""
@@ -345,14 +343,9 @@ class Leg:
         state, options, config = self.state, self.options, self.config
         peak = devices.peak_flops(self.world.device, state.precision.name)
         flops = state.model.flops_per_token() * config.tokens_per_step
-        return Journal(
-            self.out,
-            config,
-            state.step,
-            log=options.log,
-            progress=options.progress,
-            ideal_seconds=flops / peak / self.world.size if peak else None,
-        )
+        ideal = flops / peak / self.world.size if peak else None
+        shown = {"log": options.log, "progress": options.progress}
+        return Journal(self.out, config, state.step, ideal_seconds=ideal, **shown)
 
     def say(self, text: str) -> None:
         if self.world.is_main:
@@ -368,28 +361,22 @@ class Leg:
         with contextlib.closing(self.journal or io.StringIO()), self.request:
             if state.step == 0:
                 self.evaluate()
-            train(
-                state,
-                self.world.wrap(self.module),
-                self.batches,
-                self.config,
-                micro_batch_size=self.micro_batch_size,
-                on_step=self.after_step,
-                world=self.world,
-            )
+            how = {"micro_batch_size": self.micro_batch_size, "world": self.world}
+            how |= {"on_step": self.after_step}
+            train(state, self.world.wrap(self.module), self.batches, self.config, **how)
         if state.step < self.config.steps:
             self.say(
-                f"stopped at step {state.step} of {self.config.steps}, all of it saved; "
-                "the same command goes on from here"
+                f"stopped at step {state.step} of {self.config.steps}, all of it "
+                "saved; the same command goes on from here"
             )
 
     def after_step(self, row: dict) -> bool:
-        """Write the row, evaluate and save when it is time; whether the leg ends here."""
+        """Write, evaluate and save when it is time; whether the leg ends here."""
         seconds = self.clock.step()
         if self.journal:
             self.journal.step(row, seconds, devices.peak_memory(self.world.device))
-        ends = self.state.step == self.config.steps
-        evaluates = ends or self.state.step % self.config.eval_interval == 0
+        step, last = self.state.step, self.config.steps
+        evaluates = step == last or step % self.config.eval_interval == 0
         if evaluates:
             self.evaluate()
         asked = self.clock.leg_is_over() or self.request.signal is not None
@@ -401,12 +388,12 @@ class Leg:
     def evaluate(self) -> None:
         if self.journal:
             state = self.state
-            args = (self.eval_batches, state.precision, self.micro_batch_size)
-            loss = validation_loss(self.module, *args)
+            how = (self.eval_batches, state.precision, self.micro_batch_size)
+            loss = validation_loss(self.module, *how)
             if not math.isfinite(loss):
                 raise RunError(
-                    f"step {state.step}: validation loss {loss}; the last checkpoint is "
-                    "whole: begin another run with a lower learning rate"
+                    f"step {state.step}: validation loss {loss}; the last checkpoint "
+                    "is whole: begin another run with a lower learning rate"
                 )
             if loss < state.best:
                 state.best, state.best_step = loss, state.step
