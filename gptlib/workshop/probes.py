@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,6 @@ from gptlib.tokenizer import Tokenizer
 from gptlib.workshop.files import write_whole
 from gptlib.workshop.runs import load_run
 from gptlib.workshop.tinywiki import Entity, TinyWiki, pool, spell, world
-from gptlib.workshop.watching import errors_in_one_line
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ class ProbeOptions:
 
 def probe_run(options: ProbeOptions, *, progress: bool = True) -> list[ProbeResult]:
     """Run TinyWiki's probes on a run, as the command line does."""
-    run = load_run(options.run, which=options.which, device=options.device)
+    run = load_run(options.run, options.which, device=options.device)
     drawing = {"temperature": options.temperature, "draws": options.draws}
     probes = tinywiki_probes()
     results = run_probes(run.model, run.tokenizer, probes, progress=progress, **drawing)
@@ -294,8 +294,11 @@ def probe_run(options: ProbeOptions, *, progress: bool = True) -> list[ProbeResu
 
 def main() -> None:
     """`gptlib probe --run RUN`."""
-    with errors_in_one_line():
-        print("\n".join(map(str, probe_run(tyro.cli(ProbeOptions)))))
+    options = tyro.cli(ProbeOptions)
+    try:
+        print("\n".join(map(str, probe_run(options))))
+    except GptlibError as error:
+        sys.exit(f"gptlib: {error}")
 
 
 if __name__ == "__main__":
