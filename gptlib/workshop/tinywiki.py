@@ -56,13 +56,13 @@ class Draws:
 
 
 SIZE = {  # kind: (famous entities, weight of its articles among all)
-    "town": (18, 5),
-    "river": (9, 3),
-    "team": (18, 4),
-    "species": (16, 3),
-    "ship": (16, 3),
-    "album": (16, 3),
-    "person": (18, 5),
+    "town": (22, 5),
+    "river": (11, 3),
+    "team": (22, 4),
+    "species": (12, 3),
+    "ship": (12, 3),
+    "album": (12, 3),
+    "person": (22, 5),
 }
 OBSCURE_AND_FAMOUS = (1, 9)  # 90% of the articles are about a famous entity
 DEFAULT_BYTES = {"train": 6_000_000, "validation": 150_000, "test": 150_000}
