@@ -76,7 +76,7 @@ class Batches:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """Where windows may begin if there is a mark: at each mark, and at the start."""
+        """Where windows may begin if there is a mark: at each mark, and at 0."""
         return np.union1d([0], np.flatnonzero(self.ids == self.mark))
 
     def micro_batches(

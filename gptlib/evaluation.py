@@ -19,26 +19,33 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from gptlib.batches import TokenSplit, load_tokens
+from gptlib import GptlibError
 from gptlib.corpus import load_corpus
 from gptlib.gpt import GPT
 from gptlib.objective import bits_per_byte, perplexity
 from gptlib.tokenizer import Tokenizer
-from gptlib.training import errors_in_one_line, load_run
-from gptlib.workshop.checkpoints import write_text
+from gptlib.workshop.files import write_whole
+from gptlib.workshop.runs import load_run
 from gptlib.workshop.tinywiki import TinyWiki
+from gptlib.workshop.token_files import TokenSplit, load_tokens
+from gptlib.workshop.watching import errors_in_one_line
+
+
+class EvaluationError(GptlibError):
+    """A protocol that a model cannot follow, or a text that cannot be scored."""
 
 
 def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, first scored) of the windows that score targets 1 .. n_tokens - 1 once each.
+    """(start, stop, first scored) of windows that score targets 1 .. n_tokens - 1 once.
 
-    A window reads tokens start .. stop - 1 and predicts start + 1 .. stop; it scores those from
-    `first scored` on. With stride = context the windows do not overlap; with a smaller stride every
-    target has at least context - stride tokens before it (the first window's excepted).
+    A window reads tokens start .. stop - 1 and predicts start + 1 .. stop; it scores
+    those from `first scored` on. With stride = context the windows do not overlap; with
+    a smaller stride every target has at least context - stride tokens before it, but
+    for the first window's.
     """
     if not 1 <= stride <= context:
-        raise ValueError(
-            f"stride is {stride}; it must be between 1 and the context of {context}"
+        raise EvaluationError(
+            f"stride is {stride}; choose between 1 and the context of {context}"
         )
     scored = 1  # the first token has nothing before it
     start = 0
@@ -51,11 +58,24 @@ def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int
 def window_rows(
     ids: np.ndarray, spans: Sequence[tuple[int, int, int]], context: int
 ) -> Tensor:
-    """Inputs and last target of each window as (B, context + 1) int64; a short one is filled with zeros."""
+    """Tokens of each window and the one after, (B, context + 1) int64, then zeros."""
     rows = np.zeros((len(spans), context + 1), np.int64)
     for row, (start, stop, _) in zip(rows, spans, strict=True):
         row[: stop - start + 1] = ids[start : stop + 1]
     return torch.from_numpy(rows)
+
+
+def protocol(model: GPT, context: int | None, stride: int | None) -> tuple[int, int]:
+    """Context and stride, defaults filled in. Raises EvaluationError for a bad one."""
+    longest = model.config.block_size
+    context = longest if context is None else context
+    if not 1 <= context <= longest:
+        raise EvaluationError(
+            f"context is {context}; choose between 1 and the block_size of {longest}"
+        )
+    stride = context if stride is None else stride
+    list(windows(0, context, stride))  # complains of a stride out of range
+    return context, stride
 
 
 @torch.no_grad()
@@ -70,53 +90,42 @@ def token_losses(
 ) -> np.ndarray:
     """Loss in nats of every token of a stream but the first: (n_tokens - 1,) float64.
 
-    context: tokens that a window reads (default: the model's block_size); stride: how far it moves
-    (default: context). The result does not depend on batch_size beyond rounding. Raises ValueError
-    for an empty stream and for sizes out of range, naming the value.
+    context: tokens that a window reads (default: the model's block_size). stride: how
+    far it moves (default: context). The result does not depend on batch_size beyond
+    rounding. Raises EvaluationError for an empty stream and sizes out of range.
     """
     context, stride = protocol(model, context, stride)
     if len(ids) < 1 or batch_size < 1:
-        raise ValueError(
+        raise EvaluationError(
             f"{len(ids)} tokens in batches of {batch_size}; both must be at least 1"
         )
     spans = list(windows(len(ids), context, stride))
     losses = np.full(len(ids) - 1, np.nan)  # NaN: what is not scored below will show
     was_training = model.training
     model.eval()
-    with tqdm(
-        total=len(losses), unit="token", unit_scale=True, disable=not progress
-    ) as bar:
-        for first in range(0, len(spans), batch_size):
-            group = spans[first : first + batch_size]
-            tokens = window_rows(ids, group, context).to(model.device)  # (B, T + 1)
-            hidden = model.hidden(tokens[:, :-1])  # (B, T, C)
-            for i, (start, stop, scored) in enumerate(group):
-                part = slice(scored - 1 - start, stop - start)
-                logits = model.head(hidden[i, part]).float()
-                found = F.cross_entropy(logits, tokens[i, 1:][part], reduction="none")
-                losses[scored - 1 : stop] = found.double().cpu().numpy()
-                bar.update(stop + 1 - scored)
+    bar = tqdm(total=len(losses), unit="token", unit_scale=True, disable=not progress)
+    for first in range(0, len(spans), batch_size):
+        group = spans[first : first + batch_size]
+        tokens = window_rows(ids, group, context).to(model.device)  # (B, T + 1)
+        hidden = model.hidden(tokens[:, :-1])  # (B, T, C)
+        for i, (start, stop, scored) in enumerate(group):
+            part = slice(scored - 1 - start, stop - start)
+            logits = model.head(hidden[i, part]).float()
+            found = F.cross_entropy(logits, tokens[i, 1:][part], reduction="none")
+            losses[scored - 1 : stop] = found.double().cpu().numpy()
+            bar.update(stop + 1 - scored)
+    bar.close()
     model.train(was_training)
     return losses
-
-
-def protocol(model: GPT, context: int | None, stride: int | None) -> tuple[int, int]:
-    """Context and stride with their defaults filled in. Raises ValueError for a context the model has not."""
-    longest = model.config.block_size
-    context = longest if context is None else context
-    if not 1 <= context <= longest:
-        raise ValueError(
-            f"context is {context}; it must be between 1 and the block_size of {longest}"
-        )
-    return context, context if stride is None else stride
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Losses of a split by document, and every unit that follows from them.
 
-    Protocol: every token of the text is scored once, the first of a document after its end-of-text
-    mark; the marks themselves are not text and are not scored; windows run across documents.
+    Every token of the text is scored once, the first of a document after its
+    end-of-text mark. The marks themselves are not text and are not scored. Windows run
+    across documents, unless `separate`.
     """
 
     corpus: str
@@ -128,12 +137,9 @@ class Evaluation:
     tokens: tuple[int, ...]  # scored in each document
     text_bytes: int
     words: int  # separated by white space, and one line end per line
-    floor: float | None = (
-        None  # TinyWiki's entropy in nats per token, where it is known
-    )
-    blocks: tuple[
-        float, ...
-    ] = ()  # mean loss of each stretch of `context` tokens, for crop errors
+    floor: float | None = None  # TinyWiki's entropy in nats per token, if it is that
+    blocks: tuple[float, ...] = ()  # mean loss of each stretch of `context` tokens
+    separate: bool = False  # each document was read without the one before it
 
     @property
     def nats_per_token(self) -> float:
@@ -154,7 +160,10 @@ class Evaluation:
     def interval(
         self, level: float = 0.95, draws: int = 2000, seed: int = 0
     ) -> tuple[float, float]:
-        """Bootstrap interval of nats per token over documents. Source: Efron and Tibshirani 1993, chapter 13."""
+        """Bootstrap interval of nats per token over documents.
+
+        Source: Efron and Tibshirani 1993, chapter 13.
+        """
         kept = np.array(self.tokens) > 0  # an empty document says nothing
         nats, tokens = np.array(self.nats)[kept], np.array(self.tokens)[kept]
         rng = np.random.default_rng(seed)
@@ -164,19 +173,22 @@ class Evaluation:
         return float(low), float(high)
 
     def __str__(self) -> str:
-        low, high = self.interval()
-        between = (
-            f"95% over documents: {low:.4f} to {high:.4f}"
-            if len(self.tokens) > 1
-            else "one document, no interval"
-        )
+        n, documents = sum(self.tokens), len(self.tokens)
+        between = "one document, no interval"
+        if documents > 1:
+            low, high = self.interval()
+            between = f"95% over documents: {low:.4f} to {high:.4f}"
+        where = "each document apart" if self.separate else "across documents"
         lines = [
-            f"{Path(self.corpus).name}, {self.split}: {sum(self.tokens):,} tokens of {len(self.tokens):,} documents, step {self.step}",
-            f"context {self.context}, stride {self.stride}",
+            f"{Path(self.corpus).name}, {self.split}: {n:,} tokens of {documents:,} "
+            f"documents, step {self.step}",
+            f"context {self.context}, stride {self.stride}, {where}",
             f"nats per token     {self.nats_per_token:.4f}   ({between})",
             f"token perplexity   {self.perplexity:.2f}",
-            f"word perplexity    {self.word_perplexity:.2f}   ({self.words:,} words and line ends)",
-            f"bits per byte      {self.bits_per_byte:.4f}   ({self.text_bytes:,} bytes)",
+            f"word perplexity    {self.word_perplexity:.2f}   "
+            f"({self.words:,} words and line ends)",
+            f"bits per byte      {self.bits_per_byte:.4f}   "
+            f"({self.text_bytes:,} bytes)",
         ]
         if self.floor is not None:
             lines.append(f"entropy floor      {self.floor:.4f}   nats per token")
@@ -193,89 +205,81 @@ def evaluate(
     step: int = 0,
     context: int | None = None,
     stride: int | None = None,
+    separate: bool = False,
     batch_size: int = 8,
     max_documents: int | None = None,
-    lines: int | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Evaluate a model on a split. max_documents: only the first so many, for a quick look.
+    """Evaluate a model on a split of a token file.
 
-    lines: line ends of the whole split, where its text does not show them all (default: as counted
-    in the token file, or else in the text). Raises ValueError for an empty split and for losses
-    that are not finite.
+    separate: read each document without the ones before it. max_documents: only the
+    first so many. Raises EvaluationError for an empty split, a protocol that does not
+    fit, and losses that are not finite.
     """
     context, stride = protocol(model, context, stride)
     ids = np.asarray(split.ids)
     marks = np.flatnonzero(ids == split.end_of_text)
+    lines = split.record.get("lines")
     if max_documents is not None and max_documents < len(marks) - 1:
         marks, lines = marks[: max(0, max_documents) + 1], None
         ids = ids[: marks[-1] + 1]
-    elif lines is None:
-        lines = split.record.get("lines")
     if len(ids) - len(marks) < 1:
-        raise ValueError(
-            f"{corpus}, split {name}: no text in it; choose another split, or more documents"
+        raise EvaluationError(
+            f"{corpus}, split {name}: no text in it; choose another split, or more "
+            "documents"
         )
-    losses = token_losses(
-        model,
-        ids,
-        context=context,
-        stride=stride,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    spans = list(zip(marks[:-1], marks[1:] + 1, strict=True))  # both marks included
+    options = {"context": context, "stride": stride, "batch_size": batch_size}
+    parts = [ids[a:b] for a, b in spans] if separate else [ids]
+    losses = np.concatenate(
+        [token_losses(model, part, progress=progress, **options) for part in parts]
+    )  # losses[i] belongs to token i + 1
     if not np.isfinite(losses).all():
-        raise ValueError(
-            f"{corpus}, split {name}: the loss is not finite; the weights of step {step} are damaged or diverged"
+        raise EvaluationError(
+            f"{corpus}, split {name}: the loss is not finite; the weights of step "
+            f"{step} are damaged or diverged: evaluate another checkpoint (--which)"
         )
-    nats, tokens, texts = by_document(losses, ids, marks, tokenizer)
+    own = [losses[a : b - 2] for a, b in spans]  # without the mark at the end
+    texts = [tokenizer.decode_bytes(ids[a + 1 : b - 1].tolist()) for a, b in spans]
     if lines is None:
         lines = sum(text.count(b"\n") for text in texts)
+    tokens = tuple(map(len, own))
+    floor = None
+    if corpus == "tinywiki":
+        floor = tinywiki_floor(name, len(tokens)) / sum(tokens)
     whole = losses[: len(losses) // context * context].reshape(-1, context)
     return Evaluation(
-        corpus=corpus, split=name, context=context, stride=stride, step=step, nats=nats, tokens=tokens,
-        text_bytes=sum(len(text) for text in texts),
+        corpus=corpus,
+        split=name,
+        context=context,
+        stride=stride,
+        step=step,
+        nats=tuple(math.fsum(part) for part in own),
+        tokens=tokens,
+        text_bytes=sum(map(len, texts)),
         words=sum(len(text.split()) for text in texts) + lines,
-        floor=tinywiki_floor(name, len(tokens)) / sum(tokens) if corpus == "tinywiki" else None,
+        floor=floor,
         blocks=tuple(whole.mean(1).tolist()),
-    )  # fmt: skip
-
-
-def by_document(
-    losses: np.ndarray, ids: np.ndarray, marks: np.ndarray, tokenizer: Tokenizer
-):
-    """Nats, tokens and bytes of the text of each document between the marks, as three tuples."""
-    nats, tokens, texts = [], [], []
-    for start, stop in zip(marks[:-1], marks[1:], strict=True):
-        nats.append(
-            math.fsum(losses[start : stop - 1])
-        )  # losses[i] belongs to token i + 1
-        tokens.append(int(stop - start - 1))
-        texts.append(tokenizer.decode_bytes(ids[start + 1 : stop].tolist()))
-    return tuple(nats), tuple(tokens), texts
+        separate=separate,
+    )
 
 
 def tinywiki_floor(split: str, documents: int) -> float:
-    """Nats that the first so many articles of a TinyWiki split cost a reader who knows all there is to know."""
-    articles = TinyWiki().articles(split)
-    return math.fsum(
-        article.nats_floor
-        for article, _ in zip(articles, range(documents), strict=False)
-    )
+    """Nats that a split's first articles cost a reader who knows all there is."""
+    articles = zip(TinyWiki().articles(split), range(documents), strict=False)
+    return math.fsum(article.nats_floor for article, _ in articles)
 
 
-def read_evaluation(path: Path) -> Evaluation:
-    """What `--out` wrote. Raises ValueError if it is not an evaluation."""
+def read_evaluation(path: Path | str) -> Evaluation:
+    """What `--out` wrote. Raises EvaluationError if it is not an evaluation."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-        lists = {
-            key: tuple(value)
-            for key, value in values.items()
-            if isinstance(value, list)
-        }
+        lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
         return Evaluation(**values | lists)
     except (TypeError, AttributeError, json.JSONDecodeError):
-        raise ValueError(f"{path}: not an evaluation; write one with --out") from None
+        raise EvaluationError(
+            f"{path}: not an evaluation; write one with `gptlib evaluate --out`"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -288,40 +292,47 @@ class EvaluationOptions:
     which: str = "best"  # checkpoint: best or last
     context: int | None = None  # tokens; default: the model's block_size
     stride: int | None = None  # tokens; default: context
+    separate: bool | None = None  # each document apart; default: as in training
     batch_size: int = 8
-    max_documents: int | None = None
+    max_documents: int | None = None  # only the first so many
     device: str = "auto"
     out: Path | None = None  # write the losses of each document here, as JSON
 
 
 def evaluate_run(options: EvaluationOptions, *, progress: bool = True) -> Evaluation:
-    """Evaluate as the command line does. Raises what reading the run or the corpus raises."""
-    run = load_run(options.run, which=options.which, device=options.device)
+    """Evaluate as the command line does. Raises GptlibError's subclasses."""
+    run = load_run(options.run, options.which, device=options.device)
+    protocol(run.model, options.context, options.stride)  # before the corpus is read
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
+    separate = options.separate
+    if separate is None:
+        separate = run.config.crops == "documents"
     corpus = options.corpus or run.config.corpus
-    protocol(
-        run.model, options.context, options.stride
-    )  # complain before the corpus is read
-    split = load_tokens(corpus, run.tokenizer, progress=progress).split(options.split)
-    lines = split.record.get("lines")
-    if lines is None:
-        lines = sum(piece.lines for piece in load_corpus(corpus).pieces(options.split))
+    tokens = load_tokens(load_corpus(corpus), run.tokenizer, progress=progress)
     result = evaluate(
-        run.model, split, run.tokenizer, corpus=corpus, name=options.split, step=run.step, context=options.context,
-        stride=options.stride, batch_size=options.batch_size, max_documents=options.max_documents, lines=lines,
+        run.model,
+        tokens.split(options.split),
+        run.tokenizer,
+        corpus=corpus,
+        name=options.split,
+        step=run.step,
+        context=options.context,
+        stride=options.stride,
+        separate=separate,
+        batch_size=options.batch_size,
+        max_documents=options.max_documents,
         progress=progress,
-    )  # fmt: skip
+    )
     if options.out:
-        write_text(options.out, json.dumps(dataclasses.asdict(result)) + "\n")
+        write_whole(options.out, json.dumps(dataclasses.asdict(result)) + "\n")
     return result
 
 
 def main() -> None:
-    """`python -m gptlib.evaluation --run RUN --corpus NAME --split validation`."""
-    options = tyro.cli(EvaluationOptions)
+    """`gptlib evaluate --run RUN`."""
     with errors_in_one_line():
-        print(evaluate_run(options))
+        print(evaluate_run(tyro.cli(EvaluationOptions)))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,14 @@ from gptlib.workshop.runs import (
 from gptlib.workshop.watching import errors_in_one_line
 
 
+def open_init(source: str) -> Run:
+    """What `init` of a configuration names: a run, or a transformers model."""
+    if (Path(source) / "run.json").exists():
+        return load_run(source)
+    model, tokenizer = import_model(source)
+    return Run(Path(source), model, tokenizer, TrainConfig(model.config), step=0)
+
+
 def pretrain(config: TrainConfig, options: RunOptions) -> Run | None:
     """Start or resume a pretraining run, with the fast loss of chapter 11.
 
@@ -153,14 +161,6 @@ def plan(config: TrainConfig, options: RunOptions, *, seconds: float = 20.0) -> 
         tokens_per_second=rate,
         mfu=rate * model.flops_per_token() / peak if peak else None,
     )
-
-
-def open_init(source: str) -> Run:
-    """What `init` of a configuration names: a run, or a transformers model."""
-    if (Path(source) / "run.json").exists():
-        return load_run(source)
-    model, tokenizer = import_model(source)
-    return Run(Path(source), model, tokenizer, TrainConfig(model.config), step=0)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Sampling: draw the next token, again and again.
+"""Sampling: why multinomial and not argmax.
 
 Tangled from book/chapters/10_sampling.md; change it there, not here.
 """

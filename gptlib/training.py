@@ -142,17 +142,21 @@ class TrainConfig:
 PRESETS = {
     "demo": TrainConfig(
         model=GPTConfig(
-            n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=2048
+            n_layer=2, n_head=4, n_embd=160, block_size=208, vocab_size=1536
         ),
         corpus="tinywiki",
-        tokenizer="bpe-2048",
-        steps=900,
-        batch_size=8,
-        learning_rate=3e-3,
-        final_learning_rate=3e-4,
-        warmup_fraction=0.1,
-        decay_fraction=1.0,
-        eval_interval=150,
+        tokenizer="bpe-1536",
+        crops="documents",
+        steps=560,
+        batch_size=12,
+        optimizer="muon",
+        schedule="trapezoid",
+        learning_rate=0.01,
+        final_learning_rate=0.0,
+        warmup_fraction=0.05,
+        cooldown_fraction=0.8,
+        zero_projections=True,
+        eval_interval=80,
         eval_sequences=64,
     ),
     "tinytiny": TrainConfig(),  # Table 1 of the report and its code's schedule

@@ -498,7 +498,7 @@ def test_a_folder_with_other_weights_is_refused(tmp_path, change):
         import_model(str(folder))
 
 
-def test_command_line_there_and_back(tmp_path):
+def test_command_line_there_and_back(tmp_path, monkeypatch):
     folder = export_run(run_of(tmp_path / "run"), tmp_path / "hf")
     new = tmp_path / "in"
     done = cli("import", "--model", folder, "--out", new, "--block-size", 16)
@@ -507,13 +507,10 @@ def test_command_line_there_and_back(tmp_path):
     done = cli(*sample, "--max-new-tokens", 5)
     assert done.returncode == 0 and done.stdout.startswith("Alice"), done.stderr
     text, out = tmp_path / "text.txt", tmp_path / "evaluation.json"
-    text.write_text(TEXT.replace(" . ", " .\n"), encoding="utf-8")
-    os.environ["GPTLIB_RUNS"] = str(tmp_path / "cache")
-    try:
-        evaluate = ["evaluate", "--run", new, "--corpus", text, "--split", "train"]
-        done = cli(*evaluate, "--out", out)
-    finally:
-        del os.environ["GPTLIB_RUNS"]
+    text.write_text(10 * TEXT.replace(" . ", " .\n"), encoding="utf-8")
+    monkeypatch.setenv("GPTLIB_RUNS", str(tmp_path / "cache"))
+    evaluate = ["evaluate", "--run", new, "--corpus", text, "--split", "train"]
+    done = cli(*evaluate, "--out", out)
     assert done.returncode == 0 and "nats per token" in done.stdout, done.stderr
     assert json.loads(out.read_text())["context"] == 16
     done = cli("export", "--run", new, "--out", tmp_path / "again")

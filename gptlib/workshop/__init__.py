@@ -1,1 +1,1 @@
-"""What a run of days needs around the lessons: files, machines, checkpoints, runs, measurements."""
+"""What a run of days needs: files, machines, checkpoints, runs, measurements."""

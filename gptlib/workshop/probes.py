@@ -25,8 +25,8 @@ from gptlib import GptlibError
 from gptlib.gpt import GPT
 from gptlib.sampling import generate
 from gptlib.tokenizer import Tokenizer
-from gptlib.training import load_run
-from gptlib.workshop.checkpoints import write_text
+from gptlib.workshop.files import write_whole
+from gptlib.workshop.runs import load_run
 from gptlib.workshop.tinywiki import Entity, TinyWiki, pool, spell, world
 
 
@@ -281,14 +281,14 @@ class ProbeOptions:
 
 def probe_run(options: ProbeOptions, *, progress: bool = True) -> list[ProbeResult]:
     """Run TinyWiki's probes on a run, as the command line does."""
-    run = load_run(options.run, which=options.which, device=options.device)
+    run = load_run(options.run, options.which, device=options.device)
     drawing = {"temperature": options.temperature, "draws": options.draws}
     probes = tinywiki_probes()
     results = run_probes(run.model, run.tokenizer, probes, progress=progress, **drawing)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         found = [dataclasses.asdict(result) for result in results]
-        write_text(options.out, json.dumps(found) + "\n")
+        write_whole(options.out, json.dumps(found) + "\n")
     return results
 
 
@@ -298,7 +298,7 @@ def main() -> None:
     try:
         print("\n".join(map(str, probe_run(options))))
     except GptlibError as error:
-        sys.exit(f"probe: {error}")
+        sys.exit(f"gptlib: {error}")
 
 
 if __name__ == "__main__":

@@ -250,8 +250,9 @@ class Leg:
         self.tokenizer, tokens = self.open_data(record)
         ids = {name: tokens.split(name).ids for name in ("train", "validation")}
         block, seed, n = config.model.block_size, config.seed, config.eval_sequences
-        self.batches = Batches(ids["train"], config.batch_size, block, seed)
-        self.eval_batches = Batches(ids["validation"], n, block, seed)
+        mark = self.tokenizer.end_of_text if config.crops == "documents" else None
+        self.batches = Batches(ids["train"], config.batch_size, block, seed, mark)
+        self.eval_batches = Batches(ids["validation"], n, block, seed, mark)
         precision = options.precision
         if record and precision == "auto":  # settled when the run began
             precision = record["machine"].get("precision", precision)

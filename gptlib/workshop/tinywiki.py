@@ -56,16 +56,16 @@ class Draws:
 
 
 SIZE = {  # kind: (famous entities, weight of its articles among all)
-    "town": (24, 5),
-    "river": (12, 3),
-    "team": (24, 4),
-    "species": (20, 3),
-    "ship": (20, 3),
-    "album": (20, 3),
-    "person": (24, 5),
+    "town": (22, 5),
+    "river": (11, 3),
+    "team": (22, 4),
+    "species": (12, 3),
+    "ship": (12, 3),
+    "album": (12, 3),
+    "person": (22, 5),
 }
-OBSCURE_AND_FAMOUS = (3, 17)  # 85% of the articles are about a famous entity
-DEFAULT_BYTES = {"train": 2_000_000, "validation": 150_000, "test": 150_000}
+OBSCURE_AND_FAMOUS = (1, 9)  # 90% of the articles are about a famous entity
+DEFAULT_BYTES = {"train": 6_000_000, "validation": 150_000, "test": 150_000}
 KINDS, SPLITS = tuple(SIZE), tuple(DEFAULT_BYTES)
 FAMOUS = {kind: famous for kind, (famous, _) in SIZE.items()}
 
