@@ -1,5 +1,5 @@
 # ruff: noqa: F811 (fixtures are arguments)
-"""Several processes as one: against one alone, with the losses that ship, and torchrun."""
+"""Several processes as one: against one alone, with the losses that ship."""
 
 from __future__ import annotations
 
