@@ -29,14 +29,15 @@ def test_logits_equal_transformers(bias, activation):
     torch.manual_seed(0)
     model = GPT(dataclasses.replace(TINY, bias=bias, activation=activation)).eval()
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
+        torch.nn.init.normal_(p, std=0.5)  # the two GELUs then differ by 8e-4
     theirs = transformers.GPT2LMHeadModel(gpt2_config(model.config, 50, 49)).eval()
     theirs.load_state_dict(
         to_gpt2_weights(model, 50) | {"lm_head.weight": model.wte.weight}
     )
     tokens = torch.randint(50, (3, 12))
     with torch.no_grad():
-        assert torch.allclose(model(tokens)[0], theirs(tokens).logits, atol=1e-4)
+        gap = (model(tokens)[0] - theirs(tokens).logits).abs().max().item()
+    assert gap < 2e-5
 
 
 def test_no_logit_depends_on_a_later_token():
