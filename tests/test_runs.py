@@ -210,6 +210,17 @@ def test_the_logged_loss_is_that_of_the_whole_batch(config, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_validation_loss_is_that_of_the_validation_split(config, tmp_path):
+    plain = without_dropout(config, steps=1)
+    run = run_training(plain, options(tmp_path / "run"))
+    ids = load_tokens(plain.corpus, run.tokenizer).split("validation").ids
+    ours = Batches(ids, plain.eval_sequences, 16, plain.seed)
+    x, y = next(ours.micro_batches(training.EVAL_STEP, plain.eval_sequences))
+    expected = [m(x, y)[1].item() for m in (training.fresh_model(plain), run.model)]
+    found = [r["validation_loss"] for r in rows(tmp_path / "run", "validation_loss")]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
 # Stopping
 
 
