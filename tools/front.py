@@ -1,4 +1,4 @@
-"""The front page's picture and text: what the cells of chapter 14 tagged `front` printed.
+"""The front page's picture and text, from the cells of chapter 14 tagged `front`.
 
 python tools/front.py            write book/_static/front.png and front.md
 python tools/front.py --check    exit 1 if they are not those of the stored notebook
