@@ -16,6 +16,7 @@ import nbformat
 sys.path.insert(0, str(Path(__file__).parent))
 from manuscripts import BOOK, NOTEBOOKS
 
+
 STATIC = BOOK / "_static"
 
 
