@@ -1,0 +1,118 @@
+"""Sphinx extension: what the theme leaves to do on the finished site.
+
+Scripts that the theme adds twice, or that would ask another machine, are left out.
+Every page gets a description and a picture for those who share its address. Files that
+no page loads are deleted: most of MathJax, source maps, fonts of older formats.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+from pathlib import Path
+
+from docutils import nodes
+
+
+MATHJAX = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions", "a11y")
+SPEECH = ("base", "en", "nemeth")
+UNUSED = ("styles/*.map", "scripts/*.map", "locales", "sphinx-thebe.*")
+UNUSED_FONTS = ("js", "scss", "less", "webfonts/*.ttf", "webfonts/*compat*")
+FONT_SCRIPT = re.compile(r'\s*<script src="[^"]*fontawesome[^"]*\.js[^"]*"></script>')
+FONT_PRELOAD = re.compile(r'\s*<link rel="preload" as="font"[^>]*>')
+
+
+def description_of(doctree: nodes.document | None) -> str:
+    """The page's first paragraphs, cut after about 160 characters."""
+    text = ""
+    for paragraph in doctree.findall(nodes.paragraph) if doctree else ():
+        text = f"{text} {' '.join(paragraph.astext().split())}".strip()
+        if len(text) > 80:
+            break
+    return text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
+
+
+def prepare_page(app, pagename, templatename, context, doctree) -> None:
+    kept, seen = [], set()
+    for script in context.get("script_files", ()):
+        body = getattr(script, "attributes", {}).get("body") or ""
+        name = body or str(getattr(script, "filename", script))
+        if "thebe" not in name.lower() and name not in seen:
+            kept.append(script)
+        seen.add(name)
+    context["script_files"] = kept
+    title = re.sub(r"<[^>]*>", "", context.get("title") or app.config.project)
+    tags = {"og:title": html.unescape(title), "og:type": "article"}
+    text = description_of(doctree)
+    if text:
+        tags["og:description"] = text
+    base = app.config.html_baseurl
+    if base and Path(app.srcdir, "book/_static/front.png").exists():
+        tags["og:image"] = f"{base.rstrip('/')}/_static/front.png"
+    lines = [
+        f'<meta property="{k}" content="{html.escape(v)}"/>' for k, v in tags.items()
+    ]
+    if text:
+        lines.append(f'<meta name="description" content="{html.escape(text)}"/>')
+    context["metatags"] = "\n".join([context.get("metatags", ""), *lines])
+
+
+def delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def keep_only(folder: Path, kept: tuple[str, ...]) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not any(
+            name == k or name.startswith((f"{k}/", f"{k}.")) for k in kept
+        ):
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def prune(app, exception) -> None:
+    if exception or app.builder.format != "html":
+        return
+    static = Path(app.outdir, "_static")
+    keep_only(static / "mathjax", (*MATHJAX, "sre/mathmaps"))
+    keep_only(static / "mathjax" / "sre" / "mathmaps", SPEECH)
+    for pattern in UNUSED:
+        for path in static.glob(pattern):
+            delete(path)
+    for pattern in UNUSED_FONTS:
+        for path in static.glob(f"vendor/fontawesome/*/{pattern}"):
+            delete(path)
+    # The icons' font does what the script of 1.4 MB does a second time.
+    for page in Path(app.outdir).rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        shorter = FONT_PRELOAD.sub("", FONT_SCRIPT.sub("", text))
+        if page.name == "index.html" and "<title>" not in text and len(text) < 200:
+            shorter = redirect(app.config.project, text)
+        if shorter != text:
+            page.write_text(shorter, encoding="utf-8")
+
+
+def redirect(title: str, text: str) -> str:
+    """The page at the root: jupyter-book writes it without a title and without a link."""
+    found = re.search(r"url=([^\"'>\s]+)", text)
+    if not found:
+        return text
+    there, title = found.group(1), html.escape(title)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
+        f'<title>{title}</title><meta http-equiv="refresh" content="0; url={there}"/>'
+        f'</head><body><h1>{title}</h1><p><a href="{there}">To the book</a></p>'
+        "</body></html>\n"
+    )
+
+
+def setup(app) -> dict:
+    app.connect("html-page-context", prepare_page, priority=900)
+    app.connect("build-finished", prune, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
