@@ -28,7 +28,8 @@ def main() -> None:
             continue
         for output in cell.outputs:
             if "text" in output:
-                text = f"```text\n{output.text.strip()}\n```\n"
+                lines = [line.rstrip() for line in output.text.splitlines()]
+            text = "\n".join(["```text", *filter(None, lines), "```", ""])
                 wanted[STATIC / "front.md"] = text.encode()
             elif "image/png" in output.get("data", {}):
                 image = base64.b64decode(output.data["image/png"])
