@@ -29,7 +29,8 @@ def main() -> None:
         for output in cell.outputs:
             if "text" in output:
                 lines = [line.rstrip() for line in output.text.splitlines()]
-            text = "\n".join(["```text", *filter(None, lines), "```", ""])
+                lines = [line for line in lines if line.strip()]
+                text = "\n".join(["```text", *lines, "```", ""])
                 wanted[STATIC / "front.md"] = text.encode()
             elif "image/png" in output.get("data", {}):
                 image = base64.b64decode(output.data["image/png"])
