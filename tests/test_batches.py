@@ -113,6 +113,22 @@ def test_corpus_shorter_than_a_block(length):
     assert Batches(np.zeros(9, np.uint16), 2, 8, 0).offsets(0).tolist() == [0, 0]
 
 
+def test_with_a_mark_a_window_begins_where_its_document_does():
+    """The last mark at or before the place drawn; the beginning, if there is none."""
+    ids = np.random.default_rng(0).integers(1, 9, 400).astype(np.uint16)
+    ids[[5, 6, 40, 41, 390, 399]] = 0
+    for stream in (ids, ids[7:38]):
+        plain = Batches(stream, 500, 8, seed=3)
+        marked = Batches(stream, 500, 8, seed=3, mark=0)
+        drawn = plain.offsets(2)
+        expected = [
+            max([0, *(i for i in range(place + 1) if stream[i] == 0)])
+            for place in drawn.tolist()
+        ]
+        assert marked.offsets(2).tolist() == expected
+        assert len(set(expected)) == (6 if len(stream) == 400 else 1)
+
+
 def test_to_device_keeps_order_and_stays_one_ahead():
     fetched = []
 

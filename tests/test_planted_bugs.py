@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (one row of the table is one line)
 """Bugs planted in gptlib, each of which the ordinary tests must catch.
 
 A row of the table says: in this module, replace this text by that one; then these tests
@@ -129,6 +130,8 @@ BUGS = [
     Bug("last crop never drawn", "batches", "len(self.ids) - self.block_size\n", "len(self.ids) - self.block_size - 1\n", "batches::last_token_is_reached_and_nothing_beyond"),
     Bug("every step draws the same crops", "batches", "np.array([seed, step]", "np.array([seed, 0]", "batches::offsets_ignore_all_other_random_state"),
     Bug("every process reads the same crops", "batches", "first, stride = rank *", "first, stride = 0 *", "batches::batch_does_not_depend_on_micro_batch_or_world_size"),
+    Bug("a mark's own window given to the document before", "batches", 'side="right"', 'side="left"', "batches::with_a_mark_a_window_begins_where_its_document_does"),
+    Bug("text before the first mark never read", "batches", "np.union1d([0], ", "np.union1d([], ", "batches::with_a_mark_a_window_begins_where_its_document_does"),
     Bug("last pair dropped", "batches", "        ahead = pair\n    if ahead is not None", "        ahead = pair\n    if False", "batches::to_device_keeps_order_and_stays_one_ahead"),
     # training
     Bug("accumulation adds instead of averaging", "training", "module(x, y) / n ", "module(x, y) ", MEAN),
