@@ -52,13 +52,14 @@ check: $(VENV)/.complete
 	$(PY) tools/format.py --check
 
 pytest: $(VENV)/.complete
-	$(PY) -m pytest
+	$(PY) -m pytest --ignore=tests/test_site.py
 
 notebooks: $(VENV)/.complete
 	$(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 -p no:cacheprovider notebooks
 
 site: $(VENV)/.complete
 	$(BUILD) -W -n --keep-going
+	$(PY) -m pytest tests/test_site.py
 
 tangle: $(VENV)/.complete
 	$(PY) tools/tangle.py

@@ -100,7 +100,9 @@ class Browser:
         end = time.monotonic() + 30
         while not self.said("Page.loadEventFired") and time.monotonic() < end:
             self.events.append(json.loads(self.socket.recv()))
-        self.js("Promise.resolve(window.MathJax && MathJax.startup.promise).then(() => 1)")
+        self.js(
+            "Promise.resolve(window.MathJax && MathJax.startup.promise).then(() => 1)"
+        )
 
     def said(self, method: str) -> list[dict]:
         return [e["params"] for e in self.events if e.get("method") == method]

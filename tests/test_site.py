@@ -90,9 +90,10 @@ def test_no_internal_link_is_broken():
                 target = (path.parent / unquote(parts.path)).resolve()
             if not target.is_file():
                 broken.append(f"{name_of(path)}: {link}")
-            elif parts.fragment and target.suffix == ".html":
-                if unquote(parts.fragment) not in page(target).ids:
-                    broken.append(f"{name_of(path)}: {link}")
+            elif target.suffix == ".html" and (
+                unquote(parts.fragment) not in {"", *page(target).ids}
+            ):
+                broken.append(f"{name_of(path)}: {link}")
     assert broken == []
 
 

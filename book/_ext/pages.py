@@ -20,6 +20,7 @@ SPEECH = ("base", "en", "nemeth")
 UNUSED = ("styles/*.map", "scripts/*.map", "locales", "sphinx-thebe.*")
 UNUSED_FONTS = ("js", "scss", "less", "webfonts/*.ttf", "webfonts/*compat*")
 FONT_SCRIPT = re.compile(r'\s*<script src="[^"]*fontawesome[^"]*\.js[^"]*"></script>')
+CONTENT_ID = re.compile(r'<section id="((?:exercise|solution)-content)">')
 FONT_PRELOAD = re.compile(r'\s*<link rel="preload" as="font"[^>]*>')
 
 
@@ -42,7 +43,10 @@ def prepare_page(app, pagename, templatename, context, doctree) -> None:
             kept.append(script)
         seen.add(name)
     context["script_files"] = kept
-    title = re.sub(r"<[^>]*>", "", context.get("title") or app.config.project)
+    context["css_files"] = [
+        sheet for sheet in context.get("css_files", ()) if "thebe" not in str(sheet)
+    ]
+    title = re.sub(r"<[^>]*>", "", context.get("title") or app.config.html_title)
     tags = {"og:title": html.unescape(title), "og:type": "article"}
     text = description_of(doctree)
     if text:
@@ -92,8 +96,10 @@ def prune(app, exception) -> None:
     for page in Path(app.outdir).rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         shorter = FONT_PRELOAD.sub("", FONT_SCRIPT.sub("", text))
+        # one name for every exercise of a page is no name
+        shorter = CONTENT_ID.sub(r'<section class="\1">', shorter)
         if page.name == "index.html" and "<title>" not in text and len(text) < 200:
-            shorter = redirect(app.config.project, text)
+            shorter = redirect(app.config.html_title, text)
         if shorter != text:
             page.write_text(shorter, encoding="utf-8")
 
