@@ -88,11 +88,9 @@ def test_no_internal_link_is_broken():
             target = path
             if parts.path:
                 target = (path.parent / unquote(parts.path)).resolve()
-            if not target.is_file():
-                broken.append(f"{name_of(path)}: {link}")
-            elif target.suffix == ".html" and (
-                unquote(parts.fragment) not in {"", *page(target).ids}
-            ):
+            is_page = target.suffix == ".html" and target.is_file()
+            known = {"", *page(target).ids} if is_page else {unquote(parts.fragment)}
+            if not target.is_file() or unquote(parts.fragment) not in known:
                 broken.append(f"{name_of(path)}: {link}")
     assert broken == []
 

@@ -105,7 +105,7 @@ def prune(app, exception) -> None:
 
 
 def redirect(title: str, text: str) -> str:
-    """The page at the root: jupyter-book writes it without a title and without a link."""
+    """The page at the root; jupyter-book writes it without title and link."""
     found = re.search(r"url=([^\"'>\s]+)", text)
     if not found:
         return text
