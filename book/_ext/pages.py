@@ -21,6 +21,7 @@ UNUSED = ("styles/*.map", "scripts/*.map", "locales", "sphinx-thebe.*")
 UNUSED_FONTS = ("js", "scss", "less", "webfonts/*.ttf", "webfonts/*compat*")
 FONT_SCRIPT = re.compile(r'\s*<script src="[^"]*fontawesome[^"]*\.js[^"]*"></script>')
 CONTENT_ID = re.compile(r'<section id="((?:exercise|solution)-content)">')
+THEBE_STYLE = re.compile(r"\s*<link [^>]*sphinx-thebe[^>]*>")
 FONT_PRELOAD = re.compile(r'\s*<link rel="preload" as="font"[^>]*>')
 
 
@@ -43,9 +44,6 @@ def prepare_page(app, pagename, templatename, context, doctree) -> None:
             kept.append(script)
         seen.add(name)
     context["script_files"] = kept
-    context["css_files"] = [
-        sheet for sheet in context.get("css_files", ()) if "thebe" not in str(sheet)
-    ]
     title = re.sub(r"<[^>]*>", "", context.get("title") or app.config.html_title)
     tags = {"og:title": html.unescape(title), "og:type": "article"}
     text = description_of(doctree)
@@ -95,7 +93,9 @@ def prune(app, exception) -> None:
     # The icons' font does what the script of 1.4 MB does a second time.
     for page in Path(app.outdir).rglob("*.html"):
         text = page.read_text(encoding="utf-8")
-        shorter = FONT_PRELOAD.sub("", FONT_SCRIPT.sub("", text))
+        shorter = text
+        for unused in (FONT_PRELOAD, FONT_SCRIPT, THEBE_STYLE):
+            shorter = unused.sub("", shorter)
         # one name for every exercise of a page is no name
         shorter = CONTENT_ID.sub(r'<section class="\1">', shorter)
         if page.name == "index.html" and "<title>" not in text and len(text) < 200:
