@@ -18,7 +18,8 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage "
     "--hide-scrollbars --no-first-run --disable-extensions"
-    " --disable-background-networking --disable-component-update --disable-sync --remote-debugging-port=0"
+    " --disable-background-networking --disable-component-update"
+    " --disable-sync --remote-debugging-port=0"
     " --remote-allow-origins=*"
 )
 

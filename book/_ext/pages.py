@@ -17,7 +17,7 @@ from docutils import nodes
 
 MATHJAX = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions", "a11y")
 SPEECH = ("base", "en", "nemeth")
-UNUSED = ("styles/*.map", "scripts/*.map", "locales", "sphinx-thebe.*")
+UNUSED = ("styles/*.map", "scripts/*.map", "locales", "sphinx-thebe.*", "*.html")
 UNUSED_FONTS = ("js", "scss", "less", "webfonts/*.ttf", "webfonts/*compat*")
 FONT_SCRIPT = re.compile(r'\s*<script src="[^"]*fontawesome[^"]*\.js[^"]*"></script>')
 CONTENT_ID = re.compile(r'<section id="((?:exercise|solution)-content)">')
