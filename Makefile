@@ -46,6 +46,7 @@ check: $(VENV)/.complete
 	$(PY) tools/toc.py --check
 	$(PY) tools/plain.py
 	$(PY) tools/weave.py --check
+	$(PY) tools/front.py --check
 	$(PY) tools/check_numbers.py
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check gptlib tools tests book
@@ -68,6 +69,7 @@ tangle: $(VENV)/.complete
 
 weave: tangle
 	$(PY) tools/weave.py
+	$(PY) tools/front.py
 
 format: $(VENV)/.complete
 	$(BIN)/ruff check --fix --quiet tools tests book

@@ -292,7 +292,7 @@ class EvaluationOptions:
     which: str = "best"  # checkpoint: best or last
     context: int | None = None  # tokens; default: the model's block_size
     stride: int | None = None  # tokens; default: context
-    separate: bool = False  # read each document without the ones before it
+    separate: bool | None = None  # each document apart; default: as in training
     batch_size: int = 8
     max_documents: int | None = None  # only the first so many
     device: str = "auto"
@@ -305,6 +305,9 @@ def evaluate_run(options: EvaluationOptions, *, progress: bool = True) -> Evalua
     protocol(run.model, options.context, options.stride)  # before the corpus is read
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
+    separate = options.separate
+    if separate is None:
+        separate = run.config.crops == "documents"
     corpus = options.corpus or run.config.corpus
     tokens = load_tokens(load_corpus(corpus), run.tokenizer, progress=progress)
     result = evaluate(
@@ -316,7 +319,7 @@ def evaluate_run(options: EvaluationOptions, *, progress: bool = True) -> Evalua
         step=run.step,
         context=options.context,
         stride=options.stride,
-        separate=options.separate,
+        separate=separate,
         batch_size=options.batch_size,
         max_documents=options.max_documents,
         progress=progress,

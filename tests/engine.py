@@ -1,7 +1,7 @@
 """What the tests of the engine share: a small run, child processes, comparison of runs.
 
-Everything runs offline on a small text with a tokenizer of its own. "Equal" means equal in
-every bit unless a tolerance is named.
+Everything runs offline on a small text with a tokenizer of its own. "Equal" means equal
+in every bit unless a tolerance is named.
 """
 
 from __future__ import annotations

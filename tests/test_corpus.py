@@ -54,6 +54,14 @@ def test_text_file_loses_nothing(tmp_path, size):
     assert "".join("".join(corpus.documents(s)) for s in corpus.splits) == text
 
 
+def test_a_text_file_is_cut_in_90_5_and_5_per_cent(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("a line of it\n" * 1000, encoding="utf-8")
+    corpus = text_file(path)
+    lines = {s: sum(p.lines for p in corpus.pieces(s)) for s in corpus.splits}
+    assert lines == pytest.approx({"train": 900, "validation": 50, "test": 50}, abs=1)
+
+
 def test_text_file_in_blocks(tmp_path, monkeypatch):
     import gptlib.corpus
 

@@ -1,4 +1,4 @@
-"""Devices and precisions, with the machine's answers put in its place where it has none."""
+"""Devices and precisions, with answers put in place of machines that are not here."""
 
 from __future__ import annotations
 

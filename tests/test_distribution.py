@@ -1,5 +1,5 @@
 # ruff: noqa: F811 (fixtures are arguments)
-"""Several processes as one: against one alone, with the losses that ship, and torchrun."""
+"""Several processes as one: against one alone, with the losses that ship."""
 
 from __future__ import annotations
 
@@ -40,6 +40,18 @@ def test_one_process_alone_needs_no_group(monkeypatch):
         assert world.wrap(module) is module
         assert world.any(True) and not world.any(False) and world.from_main(7) == 7
         world.wait()
+
+
+def test_several_processes_average_and_vote(monkeypatch):
+    """With the exchange replaced by what two more processes would send."""
+
+    def add(tensor):
+        tensor += torch.tensor([4.0, 5.0]).sum() if tensor.item() == 3.0 else 1.0
+
+    monkeypatch.setattr(dist, "all_reduce", add)
+    world = Processes(1, 3, CPU)
+    assert world.mean(torch.tensor(3.0)).item() == 4.0
+    assert world.any(False) is True and not world.is_main
 
 
 def test_a_world_size_without_a_rank_is_named(monkeypatch):

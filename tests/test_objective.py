@@ -106,6 +106,16 @@ def test_a_step_with_zero_gradient_decays_matrices_and_spares_vectors(model, mak
         assert torch.allclose(p, kept * before[name], atol=1e-6), name
 
 
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_settings_reach_the_optimiser(model, make):
+    optimizer = make(model, weight_decay=0.3, betas=(0.7, 0.8))
+    groups = [group for group in optimizer.param_groups if "betas" in group]
+    assert len(groups) == 2 and all(g["betas"] == (0.7, 0.8) for g in groups)
+    assert all(g["eps"] == 1e-8 for g in groups)
+    decays = sorted(group["weight_decay"] for group in optimizer.param_groups)
+    assert decays == [0.0] + [0.3] * (len(decays) - 1)
+
+
 def test_adamw_needs_a_rate(model):
     optimizer = make_adamw(model, **DECAY)
     before = model.wte.weight.detach().clone()

@@ -209,7 +209,7 @@ def test_the_command_writes_every_score(tmp_path, monkeypatch):
     class Run:
         model, tokenizer = model_of(), BYTES
 
-    monkeypatch.setattr(module, "load_run", lambda path, **options: Run)
+    monkeypatch.setattr(module, "load_run", lambda *path, **options: Run)
     few = [Probe("recall", "a", "b", ("b", "c")), Probe("name", "a", "b", ("b",))]
     monkeypatch.setattr(module, "tinywiki_probes", lambda: few)
     out = tmp_path / "new" / "probes.json"

@@ -1,11 +1,12 @@
 # ruff: noqa: F811 (fixtures are arguments)
-"""Runs against kills, signals, full disks, changed folders, and what they begin from."""
+"""Runs against kills, signals, full disks and changed folders; beginnings, branches."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -85,7 +86,7 @@ def test_resuming_with_dropout_is_exact(config, tmp_path, changes):
 
 
 def test_resuming_with_a_scaler_is_exact(config, tmp_path, monkeypatch):
-    """fp16 on the CPU, which the library refuses, for the sake of the scaler's state."""
+    """fp16 on the CPU, which the library refuses, to see the scaler's state saved."""
 
     class Half(training.Precision):
         def scaler(self):
@@ -209,6 +210,17 @@ def test_the_logged_loss_is_that_of_the_whole_batch(config, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_validation_loss_is_that_of_the_validation_split(config, tmp_path):
+    plain = without_dropout(config, steps=1)
+    run = run_training(plain, options(tmp_path / "run"))
+    ids = load_tokens(plain.corpus, run.tokenizer).split("validation").ids
+    ours = Batches(ids, plain.eval_sequences, 16, plain.seed)
+    x, y = next(ours.micro_batches(training.EVAL_STEP, plain.eval_sequences))
+    expected = [m(x, y)[1].item() for m in (training.fresh_model(plain), run.model)]
+    found = [r["validation_loss"] for r in rows(tmp_path / "run", "validation_loss")]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
 # Stopping
 
 
@@ -226,19 +238,28 @@ def test_a_signal_ends_the_leg_with_everything_saved(config, tmp_path, number):
     assert_same_run(tmp_path / "straight", out)
 
 
+def signalled_twice(config, run_options):
+    """A run that gets a signal in each of the first two forward passes of step 1."""
+    torch.set_num_threads(1)
+    seen = run_options.out.with_suffix(".seen")
+
+    def loss_fn(model, x, y):
+        if model.training:
+            with seen.open("a") as file:
+                file.write("signal\n")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain_loss(model, x, y)
+
+    run_training(config, run_options, loss_fn=loss_fn)
+
+
 @posix
 def test_a_second_signal_leaves_at_once(config, tmp_path):
     out = tmp_path / "run"
-    pauses = {"signal_at": (signal.SIGTERM, 6), "pause": 0.3}
-    process = child(leg, config, options(out, micro_batch_size=1), **pauses)
-    wait_until(lambda: "stopping" in said_by_signal(out) or not process.is_alive())
-    process.terminate()
+    process = child(signalled_twice, config, options(out, micro_batch_size=1))
     assert finished(process) == -signal.SIGTERM
-
-
-def said_by_signal(out: Path) -> str:
-    """The note of the first signal goes to the process's own stderr; the rows tell too."""
-    return "stopping" if rows(out, "validation_loss") else ""
+    assert (tmp_path / "run.seen").read_text().count("signal") == 2
+    assert not rows(out), "no step was finished"
 
 
 @posix
@@ -653,24 +674,25 @@ def test_only_a_trapezoid_branches(config, tmp_path):
 # With what others hand in
 
 
-def test_resuming_with_compiled_parts_is_exact_with_the_same_compiler(
-    config, tmp_path, capfd
-):
-    """In one process or with the compiled code thrown away between the legs."""
+@posix
+def test_resuming_with_compiled_parts_is_exact(config, tmp_path):
+    """Each leg is a process of its own, which compiles and checks everything anew."""
     if speed.compiled_hidden(torch.device("cpu")) is training.GPT.hidden:
         pytest.skip("no compiler here that can be trusted")
-    loss = speed.FastLoss(chunked=True, compiled=True)
-    run_training(config, options(tmp_path / "straight"), loss_fn=loss)
-    for limit in (9, None):
-        torch.compiler.reset()
-        run_training(config, options(tmp_path / "legs", max_steps=limit), loss_fn=loss)
-    assert_same_run(tmp_path / "straight", tmp_path / "legs")
-    record = json.loads((tmp_path / "legs" / "run.json").read_text())
-    assert record["machine"]["loss"] == str(loss)
-    plain = speed.FastLoss(chunked=True, compiled=False)
-    run_training(config, options(tmp_path / "other", max_steps=2), loss_fn=loss)
-    run_training(config, options(tmp_path / "other", max_steps=2), loss_fn=plain)
-    assert "not bit for bit the same run" in capfd.readouterr().err
+    config, program = dataclasses.replace(config, steps=10), {"loss": "compiled"}
+    straight, legs = tmp_path / "straight", tmp_path / "legs"
+    finish(start(config, straight, program=program))
+    finish(start(config, legs, program=program, max_steps=4))
+    finish(start(config, legs, program=program))
+    assert_same_run(straight, legs)
+
+
+def test_another_loss_is_named(config, tmp_path, capfd):
+    for chunked in (True, False):
+        loss = speed.FastLoss(chunked=chunked, compiled=False)
+        run_training(config, options(tmp_path / "run", max_steps=2), loss_fn=loss)
+    said = capfd.readouterr().err
+    assert "loss FastLoss(chunked=True" in said and "not bit for bit" in said
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -712,7 +734,8 @@ def test_the_small_run_is_trained_once(config, tmp_path, monkeypatch):
 
 def test_a_new_process_reads_what_another_wrote(config, tmp_path):
     finish(start(without_dropout(config, steps=3), tmp_path / "run"))
-    code = f"from gptlib.workshop.runs import load_run; print(load_run({str(tmp_path / 'run')!r}).step)"
+    code = "from gptlib.workshop.runs import load_run\n"
+    code += f"print(load_run({str(tmp_path / 'run')!r}).step)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "3", done.stderr
 

@@ -363,8 +363,8 @@ def test_the_fingerprint_knows_every_file(tmp_path, monkeypatch):
 
 
 def test_a_size_that_does_not_fit_is_one_line(monkeypatch):
-    monkeypatch.setitem(FAMOUS, "river", 11)
-    with pytest.raises(TinyWikiError, match="SIZE has .*'river': 11") as caught:
+    monkeypatch.setitem(FAMOUS, "river", 10)
+    with pytest.raises(TinyWikiError, match="SIZE has .*'river': 10") as caught:
         world.__wrapped__()
     assert "\n" not in str(caught.value)
 

@@ -231,6 +231,41 @@ def test_training_goes_on_where_a_copied_state_stood():
     assert run(forgetful, config) != straight[5:]
 
 
+def test_a_state_gives_back_every_part_of_it():
+    """Also what a short run would not miss: scaler, best loss, skipped steps."""
+    first = begin(precision=HalfOnTheCPU("fp16"))
+    run(first, until=4)
+    first.best, first.best_step, first.skipped, first.skipped_in_a_row = 1.5, 3, 7, 2
+    saved = copy.deepcopy(first.state_dict())
+    second = begin(precision=HalfOnTheCPU("fp16"))
+    second.load_state_dict(saved)
+    names = ("step", "best", "best_step", "skipped", "skipped_in_a_row")
+    assert [getattr(second, name) for name in names] == [4, 1.5, 3, 7, 2]
+    assert second.scaler.get_scale() == first.scaler.get_scale() == 2**11
+    moments = [
+        {name: value for p in s.optimizer.state.values() for name, value in p.items()}
+        for s in (first, second)
+    ]
+    assert moments[0].keys() == moments[1].keys() >= {"exp_avg", "exp_avg_sq"}
+    for name, value in moments[0].items():
+        assert torch.equal(value, moments[1][name]), name
+    assert run(first) == run(second)
+
+
+def test_only_the_last_micro_batch_of_a_step_exchanges_gradients():
+    lasts = []
+
+    class Spy(World):
+        def accumulate(self, module, last):
+            lasts.append(last)
+            return super().accumulate(module, last)
+
+    state = begin()
+    pairs = list(batches().micro_batches(0, 2))
+    training_step(state, WithLoss(state.model, plain_loss), pairs, SMALL, world=Spy())
+    assert lasts == [False, False, False, True]
+
+
 def test_dropout_depends_on_the_place_alone():
     config = dataclasses.replace(SMALL, model=dataclasses.replace(SHAPE, dropout=0.5))
     model = fresh_model(config)

@@ -1,10 +1,12 @@
-"""Ablations: which change of the optimisation reaches a loss with fewer tokens? Chapter 11 draws what this writes.
+"""Ablations: which change of the optimisation reaches a loss with fewer tokens?
 
-`python tools/ablations.py GROUP` runs what the group still lacks in ledger/ablations/runs.jsonl, two runs at a
-time with one thread each. Model, data and budget were fixed before the first run: 4 layers of width 128 on the
-books, a vocabulary of 2,048 tokens trained on them, 2,048,000 tokens of training (a third of it where said),
-every schedule scaled to the length of its run. The final loss is that of the same 131,072 validation tokens.
-Needs GPTLIB_DATA, the folder that holds `books`.
+`python tools/ablations.py GROUP` runs what the group still lacks in
+ledger/ablations/runs.jsonl, two runs at a time with one thread each; chapter 11 draws
+it. Model, data and budget were fixed before the first run: 4 layers of width 128 on the
+books, a vocabulary of 2,048 tokens trained on them, 2,048,000 tokens of training (a
+third of it where said), every schedule scaled to the length of its run. The final loss
+is that of the same 131,072 validation tokens. Needs GPTLIB_DATA, the folder that holds
+`books`.
 """
 
 import dataclasses
@@ -66,7 +68,7 @@ GROUPS = {
         },
         [1, 2, 3],
     ),
-    # once `together` had shown that a third of the tokens is too few: can another rate or batch mend that?
+    # `together` had shown that a third of the tokens is too few; can another rate help?
     "third": (
         {
             "a third, rate halved": ALL
@@ -101,7 +103,7 @@ def config_of(changes: dict, seed: int, tokenizer: Path):
 
 
 def own_tokenizer() -> Path:
-    """A tokenizer of 2,048 tokens trained on the first 200 pieces of the books, once."""
+    """A tokenizer of 2,048 tokens from the first 200 pieces of the books, once."""
     from gptlib.corpus import cache_dir, load_corpus
     from gptlib.tokenizer import Tokenizer, train_bpe
 
@@ -135,10 +137,14 @@ def run_one(name: str, changes: dict, seed: int) -> dict:
     losses = token_losses(run.model, ids, batch_size=32)
     settings = dataclasses.asdict(config) | {"tokenizer": run.tokenizer.hash[:16]}
     return {
-        "name": name, "seed": seed, "changes": changes, "validation_loss": losses.mean(),
-        "curve": [[r["step"], r["validation_loss"]] for r in rows if "validation_loss" in r],
+        "name": name, "seed": seed, "changes": changes,
+        "validation_loss": losses.mean(),
+        "curve": [
+            [r["step"], r["validation_loss"]] for r in rows if "validation_loss" in r
+        ],
         "train_loss": statistics.mean([r["loss"] for r in rows if "loss" in r][-50:]),
-        "tokens": config.steps * config.tokens_per_step, "parameters": run.model.n_parameters(),
+        "tokens": config.steps * config.tokens_per_step,
+        "parameters": run.model.n_parameters(),
         "seconds": sum(r.get("seconds_per_step", 0) for r in times), "config": settings,
     }  # fmt: skip
 

@@ -1,0 +1,361 @@
+"""Bugs planted in gptlib, each of which the ordinary tests must catch.
+
+A row of the table says: in this module, replace this text by that one; then these tests
+must fail. A bug that nobody notices is a test that is missing.
+
+The work is done by a process of its own, `python tests/test_planted_bugs.py`, so that
+torch is imported once. It forks a child for each bug. The child forgets gptlib and the
+tests, imports gptlib anew with the changed text, so that every module has the changed
+names, and runs pytest. Only pytest's exit status 1, "tests failed", counts as caught;
+a test that cannot be collected or is not there is a mistake of the table. A last child
+plants nothing: all the tests of the table must pass in it.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+LIMIT = 60  # seconds for one child; a bug may make a loop endless
+
+
+@dataclass(frozen=True)
+class Bug:
+    """name: what is wrong; old, new: the texts, or tuples of as many texts each."""
+
+    name: str
+    module: str  # below gptlib
+    old: str | tuple[str, ...]
+    new: str | tuple[str, ...]
+    caught_by: str  # names of tests, `file::test` without `test_`, separated by spaces
+
+    @property
+    def node_ids(self) -> list[str]:
+        parts = [node.split("::") for node in self.caught_by.split()]
+        return [f"tests/test_{file}.py::test_{test}" for file, test in parts]
+
+    @property
+    def path(self) -> Path:
+        return ROOT / "gptlib" / (self.module.replace(".", "/") + ".py")
+
+    def planted(self) -> str:
+        """The module's text with the bug in it."""
+        text = self.path.read_text(encoding="utf-8")
+        old, new = self.old, self.new
+        if isinstance(old, str):
+            old, new = (old,), (new,)
+        for a, b in zip(old, new, strict=True):
+            if text.count(a) != 1:
+                raise LookupError(f"{a!r} occurs {text.count(a)} times, not once")
+            text = text.replace(a, b)
+        compile(text, str(self.path), "exec")
+        return text
+
+
+LOOP = "attention::attention_is_its_definition"
+HEADS = "attention::heads_equal_a_loop_over_heads"
+BLOCK = "attention::a_block_normalises_first_and_adds_to_the_stream"
+DROPPED = "attention::dropout_in_training_and_none_in_evaluation"
+BEGINS = "model::every_parameter_begins_as_in_gpt2"
+STATE = "training::a_state_gives_back_every_part_of_it"
+MEAN = "training::the_gradient_is_that_of_the_mean_loss_of_the_whole_batch"
+CACHED = "sampling::cached_equals_uncached_beyond_the_block"
+KEPT = "sampling::top_k_and_top_p"
+RATES = "objective::every_schedule_climbs_stays_between_and_ends"
+UNSCALED = "state.scaler.unscale_(state.optimizer)"
+CLIP = "norm = nn.utils.clip_grad_norm_("
+
+BUGS = [
+    # attention
+    Bug("scale d instead of sqrt(d)", "attention", "math.sqrt(q.shape[-1])", "q.shape[-1]", LOOP),
+    Bug("scale forgotten in the fused kernel", "attention", "is_causal=square\n", "is_causal=square, scale=1.0\n", LOOP),
+    Bug("no mask", "attention", "is_causal=square\n", "is_causal=False\n", "model::no_logit_depends_on_a_later_token"),
+    Bug("mask on the wrong diagonal with a cache", "attention", ".tril(S - T)", ".tril()", "sampling::cache_in_any_pieces"),
+    Bug("mask lets one future token in", "attention", ".tril(S - T)", ".tril(S - T + 1)", LOOP),
+    Bug("softmax over the queries", "attention", ".softmax(dim=-1)", ".softmax(dim=-2)", LOOP),
+    Bug("no dropout of weights", "attention", "dropout_p=dropout", "dropout_p=0.0", "attention::dropout_takes_weights_away_and_keeps_their_mean"),
+    Bug("influence sums over channels", "attention", ".amax(dim=(1, 3))", ".sum(dim=(1, 3))", "attention::influence_is_the_largest_slope"),
+    # heads
+    Bug("heads joined without the transposition", "multi_head", "y.transpose(1, 2).reshape", "y.reshape", HEADS),
+    Bug("heads cut from positions", "multi_head", "t.view(shape).transpose(1, 2)", "t.reshape(B, self.n_head, T, -1)", HEADS),
+    Bug("c_proj missing", "multi_head", "self.c_proj(y)", "y", HEADS),
+    Bug("queries and keys swapped", "multi_head", "        q, k, v = self.c_attn", "        k, q, v = self.c_attn", HEADS),
+    Bug("cache not read", "multi_head", "k, v = cache.update(k, v)", "cache.update(k, v)", "attention::a_cache_gets_the_new_keys_and_gives_all"),
+    Bug("dropout of weights in evaluation", "multi_head", " if self.training else 0.0", "", DROPPED),
+    Bug("no dropout of the output", "multi_head", "self.resid_dropout(self.c_proj(y))", "self.c_proj(y)", DROPPED),
+    # block
+    Bug("residual forgotten", "block", "x = x + self.attn(", "x = self.attn(", BLOCK),
+    Bug("norm after attention", "block", "self.attn(self.ln_1(x), cache)", "self.ln_1(self.attn(x, cache))", BLOCK),
+    Bug("first norm used twice", "block", "self.mlp(self.ln_2(x))", "self.mlp(self.ln_1(x))", BLOCK),
+    Bug("activation setting ignored", "block", "approximate=ACTIVATIONS[activation]", "", "attention::the_mlp_is_its_formula"),
+    Bug("no dropout in the MLP", "block", "self.dropout(self.c_proj(", "(self.c_proj(", DROPPED),
+    # model
+    Bug("weight tying broken in the gradient", "gpt", "F.linear(hidden, self.wte.weight)", "F.linear(hidden, self.wte.weight.detach())", "model::the_gradient_is_the_slope_of_the_loss"),
+    Bug("projections start as wide as the rest", "gpt", "std=0.02 / math.sqrt(2 * c.n_layer)", "std=0.02", BEGINS),
+    Bug("projections scaled by layers, not by twice", "gpt", "math.sqrt(2 * c.n_layer)", "math.sqrt(c.n_layer)", BEGINS),
+    Bug("biases start at 1", "gpt", "nn.init.zeros_(module.bias)", "nn.init.ones_(module.bias)", BEGINS),
+    Bug("positions forgotten", "gpt", " + self.wpe.weight[start:stop]", "", "model::no_logit_depends_on_a_later_token model::what_enters_the_blocks_is_dropped_in_training"),
+    Bug("positions from 0 with a cache", "gpt", "self.wpe.weight[start:stop]", "self.wpe.weight[: stop - start]", CACHED),
+    Bug("all layers share a cache", "gpt", "cache.layers[i]", "cache.layers[0]", "sampling::cache_in_any_pieces"),
+    Bug("last norm forgotten", "gpt", "return self.ln_f(x)", "return x", "model::no_logit_depends_on_a_later_token model::logits_equal_transformers"),
+    Bug("no dropout of embeddings", "gpt", "self.drop(self.wte", "(self.wte", "model::what_enters_the_blocks_is_dropped_in_training"),
+    # objective
+    Bug("perplexity to base 2", "objective", "return math.exp(loss)", "return 2**loss", "objective::units"),
+    Bug("nats called bits", "objective", " / math.log(2) / text_bytes", " / text_bytes", "objective::units"),
+    Bug("vectors decay", "objective", '"weight_decay": 0.0', '"weight_decay": weight_decay', "objective::a_step_with_zero_gradient_decays_matrices_and_spares_vectors"),
+    Bug("Muon without decay", "objective", "lr=0.0, weight_decay=weight_decay", "lr=0.0, weight_decay=0.0", "objective::a_step_with_zero_gradient_decays_matrices_and_spares_vectors"),
+    Bug("betas of AdamW ignored", "objective", "return torch.optim.AdamW(groups, lr=0.0, betas=betas", "return torch.optim.AdamW(groups, lr=0.0", "objective::the_settings_reach_the_optimiser"),
+    Bug("warm-up begins at 0", "objective", "(step + 1) / warmup_steps\n    if", "step / warmup_steps\n    if", RATES),
+    Bug("cosine climbs again after decay_steps", "objective", "if step >= decay_steps", "if step > 10 * decay_steps", RATES),
+    Bug("trapezoid ends a step early", "objective", "steps - step)", "steps - step - 1)", "objective::trapezoid_corners"),
+    Bug("moments of one optimiser not restored", "objective", "part.load_state_dict(its_state)", "pass", "objective::combined_state_comes_back"),
+    # batches
+    Bug("targets not shifted", "batches", "tokens[:, 1:]", "tokens[:, :-1]", "batches::targets_are_the_inputs_moved_on_by_one"),
+    Bug("ids above 32,767 turn negative", "batches", "windows.astype(np.int64)", "windows.astype(np.int16).astype(np.int64)", "batches::targets_are_the_inputs_moved_on_by_one"),
+    Bug("last crop never drawn", "batches", "len(self.ids) - self.block_size\n", "len(self.ids) - self.block_size - 1\n", "batches::last_token_is_reached_and_nothing_beyond"),
+    Bug("every step draws the same crops", "batches", "np.array([seed, step]", "np.array([seed, 0]", "batches::offsets_ignore_all_other_random_state"),
+    Bug("every process reads the same crops", "batches", "first, stride = rank *", "first, stride = 0 *", "batches::batch_does_not_depend_on_micro_batch_or_world_size"),
+    Bug("last pair dropped", "batches", "        ahead = pair\n    if ahead is not None", "        ahead = pair\n    if False", "batches::to_device_keeps_order_and_stays_one_ahead"),
+    # training
+    Bug("accumulation adds instead of averaging", "training", "module(x, y) / n ", "module(x, y) ", MEAN),
+    Bug("loss of the last micro-batch logged", "training", "loss += part.detach()", "loss = part.detach() * n", MEAN),
+    Bug("gradients kept for the next step", "training", "state.optimizer.zero_grad(set_to_none=True)", "pass", "training::gradients_do_not_carry_over_to_the_next_step"),
+    Bug("clipping before unscaling", "training", UNSCALED, "pass", "training::scaling_the_loss_changes_neither_steps_nor_logged_norms"),
+    Bug("clipping after the step", "training", ("state.scaler.step(state.optimizer)", CLIP), ("pass", "state.scaler.step(state.optimizer)\n    " + CLIP), "training::clipping_shortens_the_true_gradient_and_logs_its_length"),
+    Bug("grad_clip 0 stops the training", "training", "config.grad_clip or math.inf", "config.grad_clip", "training::grad_clip_0_is_off"),
+    Bug("rate of the next step", "training", "config.rate(state.step)", "config.rate(state.step + 1)", "training::the_rate_of_each_step_reaches_every_group"),
+    Bug("training in evaluation mode", "training", "state.model.train()", "state.model.eval()", "training::training_is_in_training_mode_and_evaluation_is_not"),
+    Bug("evaluation in training mode", "training", "module.eval()", "module.train()", "training::training_is_in_training_mode_and_evaluation_is_not"),
+    Bug("evaluation ends the training mode", "training", "module.train(was_training)", "pass", "training::training_is_in_training_mode_and_evaluation_is_not"),
+    Bug("evaluation reads a training step's crops", "training", "EVAL_STEP = 2**63", "EVAL_STEP = 7", "training::evaluation_weighs_unequal_groups_and_draws_nothing"),
+    Bug("small groups weigh as much as large ones", "training", "* len(x)", "* micro_batch_size", "training::evaluation_weighs_unequal_groups_and_draws_nothing"),
+    Bug("resuming without the optimiser", "training", '("model", "optimizer", "scaler")', '("model", "scaler")', STATE),
+    Bug("resuming without the scaler", "training", '("model", "optimizer", "scaler")', '("model", "optimizer")', STATE),
+    Bug("resuming without the step", "training", 'COUNTERS = ("step", ', "COUNTERS = (", STATE),
+    Bug("resuming without the best loss", "training", '"best", "best_step"', '"best_step"', STATE),
+    Bug("one dropout mask for all micro-batches", "training", "{step} {micro_batch} {rank}", "{step} {rank}", "training::dropout_depends_on_the_place_alone"),
+    Bug("gradients exchanged too early", "training", "last=i == n - 1", "last=i == 0", "training::only_the_last_micro_batch_of_a_step_exchanges_gradients"),
+    Bug("bf16 asked for and not used", "training", 'if self.name == "fp32"', "if True", "training::bf16_multiplies_in_16_bits_and_keeps_weights_in_32"),
+    Bug("zero_projections ignored", "training", "if config.zero_projections", "if False", "training::zero_projections_make_every_block_the_identity"),
+    # sampling
+    Bug("cache writes over itself", "sampling", "self.length = end", "self.length = T", "sampling::cache_in_any_pieces"),
+    Bug("first position read, not the last", "sampling", "model.head(x[:, -1])", "model.head(x[:, 0])", "sampling::greedy_is_the_argmax_of_the_whole_text"),
+    Bug("temperature multiplied", "sampling", "(logits - best) / temperature", "(logits - best) * temperature", "sampling::draws_follow_the_softmax"),
+    Bug("top-k keeps one more", "sampling", "min(top_k or size, size)", "min((top_k or size) + 1, size)", KEPT),
+    Bug("top-p drops the first token", "sampling", "kept.cumsum(-1) - kept", "kept.cumsum(-1)", KEPT),
+    Bug("one padded id is drawn", "sampling", ">= n_vocab", "> n_vocab", "sampling::padded_ids_are_never_drawn"),
+    Bug("a probability of 0 is drawn", "sampling", "right=True", "right=False", "sampling::draw_at_both_ends"),
+    Bug("dropout while sampling", "sampling", "model.eval()", "model.train()", "sampling::dropout_is_off_and_the_mode_comes_back"),
+    Bug("stopped rows go on", "sampling", "torch.where(stopped, tokens[:, -1:], new.to(tokens.device))", "new", "sampling::a_row_that_stopped_repeats_its_stop_and_the_others_go_on"),
+    # evaluation
+    Bug("tokens scored twice", "evaluation", "yield start, stop, scored\n", "yield start, stop, start + 1\n", "evaluation::windows_cover_every_target_exactly_once"),
+    Bug("bootstrap over tokens", "evaluation", "        rng = np.random.default_rng(seed)", "        nats, tokens = np.repeat(nats / tokens, tokens), np.ones(tokens.sum())\n        rng = np.random.default_rng(seed)", "evaluation::interval_contains_the_mean_and_is_seeded"),
+    Bug("marks scored as text", "evaluation", "losses[a : b - 2]", "losses[a : b - 1]", "evaluation::each_document_gets_its_own_losses_and_units"),
+    Bug("token losses in training mode", "evaluation", "model.eval()", "model.train()", "evaluation::training_mode_and_dropout_are_handled"),
+    Bug("words counted without line ends", "evaluation", " for text in texts) + lines", " for text in texts)", "evaluation::line_ends_come_from_the_record_or_the_text"),
+    # speed
+    Bug("chunked gradient not divided", "speed", "grad = grad / ctx.positions", "grad = grad + 0", "speed::equal_to_plain_loss_in_fp32"),
+    Bug("chunked loss not divided", "speed", "return loss / N", "return loss", "speed::equal_to_plain_loss_in_fp32"),
+    Bug("only the last chunk reaches the head", "speed", "total.addmm_(grad.T, hidden)", "total.copy_(grad.T @ hidden)", "speed::equal_to_plain_loss_in_fp32"),
+    # exchange
+    Bug("another GELU in the exported model", "exchange", '"gelu_tanh": "gelu_new"', '"gelu_tanh": "gelu"', "model::logits_equal_transformers"),
+    Bug("square matrices not transposed", "exchange", "turned = value.T if name.endswith(LINEAR)", "turned = value.T if name.endswith(LINEAR) and len(value) != len(value.T)", "model::logits_equal_transformers"),
+    # tokenizer and corpus
+    Bug("last merge first", "tokenizer", "key=lambda token: ranks.get(token, math.inf)", "key=lambda token: -ranks.get(token, -math.inf)", "tokenizer::random_vocabularies_agree_with_tiktoken"),
+    Bug("outdated counts decide a merge", "tokenizer", "if self.counts[pair] == -negated:", "if True:", "tokenizer::the_trainer_equals_its_definition"),
+    Bug("held-out documents trained on too", "corpus", "if (document % HELD_OUT == 0) == validation", "if not validation or document % HELD_OUT == 0", "token_files::a_split_held_out_by_rule_stands_in_the_manifest"),
+    Bug("splits of a text overlap", "corpus", "for share in (0.90, 0.95)", "for share in (0.90, 0.90)", "corpus::text_file_loses_nothing corpus::a_text_file_is_cut_in_90_5_and_5_per_cent"),
+    # workshop
+    Bug("end-of-text missing", "workshop.token_files", "mark * piece.starts + ids", "ids", "token_files::round_trip"),
+    Bug("token file in the other byte order", "workshop.token_files", 'ids.astype("<u2")', 'ids.astype(">u2")', "token_files::round_trip"),
+    Bug("altered token file accepted", "workshop.token_files", "if verify or path", "if verify and path", "token_files::every_altered_byte_is_found"),
+    Bug("write_whole without a rename", "workshop.files", 'temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")', "temporary = path", "files::a_failed_write_leaves_the_old_file_and_nothing_else"),
+    Bug("write_whole without fsync", "workshop.files", "os.fsync(raw.fileno())", "pass", "files::data_reach_the_disk_before_the_name_does"),
+    Bug("hash of a checkpoint not checked", "workshop.checkpoints", "if found != digest:", "if False:", "checkpoints::a_damaged_checkpoint_gives_way_and_is_set_aside"),
+    Bug("best checkpoint deleted", "workshop.checkpoints", "{*steps[-self.keep :], self.best()}", "{*steps[-self.keep :]}", "checkpoints::the_last_and_the_best_are_kept_and_nothing_else"),
+    Bug("oldest checkpoint taken up", "workshop.checkpoints", "for step in reversed(steps)", "for step in steps", "checkpoints::a_damaged_checkpoint_gives_way_and_is_set_aside"),
+    Bug("loss added over processes, not averaged", "workshop.distribution", "value / self.size", "value", "distribution::several_processes_average_and_vote"),
+    Bug("validation loss of the training split", "workshop.runs", 'ids["validation"]', 'ids["train"]', "runs::the_validation_loss_is_that_of_the_validation_split"),
+    Bug("worst checkpoint called the best", "workshop.runs", "loss < state.best", "not loss < state.best", "runs::the_best_or_the_last_is_loaded_without_the_optimiser"),
+]  # fmt: skip
+
+
+# The process that plants
+
+
+class Planter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from a given text instead of its file."""
+
+    def __init__(self, name: str, path: Path, text: str):
+        self.name, self.path, self.text = name, path, text
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname == self.name:
+            make = importlib.util.spec_from_file_location
+            return make(fullname, self.path, loader=self)
+        return None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        exec(compile(self.text, str(self.path), "exec"), module.__dict__)
+
+
+def forget_project() -> None:
+    """Take gptlib and the tests out of the loaded modules."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name.split(".")[0] == "gptlib" or (
+            name != "__main__" and file and Path(file).parent == TESTS
+        ):
+            del sys.modules[name]
+
+
+def work(bug: Bug | None, node_ids: list[str], log: Path) -> int:
+    """What a child does; returns pytest's exit status, or 100 for a faulty row."""
+    out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    forget_project()
+    if bug:
+        try:
+            text = bug.planted()
+        except (LookupError, SyntaxError) as error:
+            print(error)
+            return 100
+        sys.meta_path.insert(0, Planter(f"gptlib.{bug.module}", bug.path, text))
+    os.environ["GPTLIB_RUNS"] = str(log.with_suffix(".runs"))
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # nbval takes 3 s to load
+    options = [
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--tb=line",
+        "-rN",
+        "-o",
+        "addopts=",
+    ]
+    options += [f"--basetemp={log.with_suffix('.tmp')}"]
+    return int(pytest.main([*node_ids, *options]))
+
+
+def fork(bug: Bug | None, node_ids: list[str], log: Path) -> int:
+    """Start `work` in a child; returns the child's number."""
+    if child := os.fork():
+        return child
+    try:
+        status = work(bug, node_ids, log)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}")
+        status = 101
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def run_all(bugs: list[Bug], folder: Path, at_once: int) -> list[dict]:
+    """The outcome of each bug, then of the control without one."""
+    every = list(dict.fromkeys(node for bug in bugs for node in bug.node_ids))
+    waiting = [(None, every), *((bug, bug.node_ids) for bug in bugs)]
+    running, found, limit = {}, {}, {None: 4 * LIMIT}
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            bug, node_ids = waiting.pop(0)
+            log = folder / f"{len(found) + len(running)}.log"
+            running[fork(bug, node_ids, log)] = (bug, log, time.monotonic())
+        for child, (bug, log, began) in list(running.items()):
+            late = time.monotonic() - began > limit.get(bug, LIMIT)
+            if late:
+                os.kill(child, 9)
+            done, status = os.waitpid(child, 0 if late else os.WNOHANG)
+            if done:
+                del running[child]
+                said = log.read_text(errors="replace") if log.exists() else ""
+                code = os.waitstatus_to_exitcode(status)
+                seconds = time.monotonic() - began
+                found[bug] = {"status": code, "said": said, "seconds": seconds}
+        time.sleep(0.005)
+    return [found[bug] for bug in [*bugs, None]]
+
+
+def main() -> None:
+    import torch
+    import torch.nn.attention  # noqa: F401 (loaded once, for all children)
+
+    torch.set_num_threads(1)
+    if importlib.util.find_spec("transformers"):
+        from transformers import GPT2LMHeadModel  # noqa: F401
+    for file in sorted({n.split("::")[0] for bug in BUGS for n in bug.node_ids}):
+        importlib.import_module(Path(file).stem)  # and what the tests import
+    gc.collect()
+    gc.freeze()
+    wanted = [bug for bug in BUGS if not sys.argv[2:] or bug.name in sys.argv[2:]]
+    with tempfile.TemporaryDirectory() as folder:
+        found = run_all(wanted, Path(folder), os.cpu_count() or 1)
+    Path(sys.argv[1]).write_text(json.dumps(found))
+
+
+# The tests
+
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="planting bugs needs fork, which Windows has not"
+)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[str, dict]:
+    """What became of each bug, by name, and of the control."""
+    path = tmp_path_factory.mktemp("planted") / "outcomes.json"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env |= {"OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES", "HF_HUB_OFFLINE": "1"}
+    env.pop("PYTEST_ADDOPTS", None)
+    env = {k: v for k, v in env.items() if not k.startswith(("PYTEST_", "COV_"))}
+    command = [sys.executable, __file__, str(path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = [*(bug.name for bug in BUGS), "none"]
+    return dict(zip(names, json.loads(path.read_text()), strict=True))
+
+
+def test_without_a_bug_all_these_tests_pass(outcomes):
+    found = outcomes["none"]
+    assert found["status"] == 0, found["said"][-3000:]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_the_bug_is_caught(bug, outcomes):
+    found = outcomes[bug.name]
+    if found["status"] == 0 and "skipped" in found["said"].rsplit("\n", 2)[-2]:
+        pytest.skip("a test that would catch it is skipped here")
+    what = {0: "nobody noticed", 100: "the row is out of date"}
+    what = what.get(found["status"], f"pytest said {found['status']}, not 1")
+    assert found["status"] == 1, f"{what}: {found['said'][-2000:]}"
+
+
+def test_the_table(outcomes):
+    """Printed by `pytest -s` or `-rP`."""
+    assert len(BUGS) >= 40 and len(outcomes) == len(BUGS) + 1, "names must differ"
+    for bug in BUGS:
+        caught = "caught" if outcomes[bug.name]["status"] == 1 else "NOT CAUGHT"
+        print(f"{bug.module:24} {bug.name:44} {caught} by {bug.caught_by}")
+
+
+if __name__ == "__main__":
+    main()
