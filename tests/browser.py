@@ -16,9 +16,10 @@ from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars"
-    " --no-first-run --disable-extensions --disable-background-networking"
-    " --disable-component-update --disable-sync --remote-debugging-port=0"
+    "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage "
+    "--hide-scrollbars --no-first-run --disable-extensions"
+    " --disable-background-networking --disable-component-update"
+    " --disable-sync --remote-debugging-port=0"
     " --remote-allow-origins=*"
 )
 
@@ -100,7 +101,9 @@ class Browser:
         end = time.monotonic() + 30
         while not self.said("Page.loadEventFired") and time.monotonic() < end:
             self.events.append(json.loads(self.socket.recv()))
-        self.js("Promise.resolve(window.MathJax && MathJax.startup.promise).then(() => 1)")
+        self.js(
+            "Promise.resolve(window.MathJax && MathJax.startup.promise).then(() => 1)"
+        )
 
     def said(self, method: str) -> list[dict]:
         return [e["params"] for e in self.events if e.get("method") == method]

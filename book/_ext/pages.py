@@ -17,9 +17,11 @@ from docutils import nodes
 
 MATHJAX = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions", "a11y")
 SPEECH = ("base", "en", "nemeth")
-UNUSED = ("styles/*.map", "scripts/*.map", "locales", "sphinx-thebe.*")
+UNUSED = ("styles/*.map", "scripts/*.map", "locales", "sphinx-thebe.*", "*.html")
 UNUSED_FONTS = ("js", "scss", "less", "webfonts/*.ttf", "webfonts/*compat*")
 FONT_SCRIPT = re.compile(r'\s*<script src="[^"]*fontawesome[^"]*\.js[^"]*"></script>')
+CONTENT_ID = re.compile(r'<section id="((?:exercise|solution)-content)">')
+THEBE_STYLE = re.compile(r"\s*<link [^>]*sphinx-thebe[^>]*>")
 FONT_PRELOAD = re.compile(r'\s*<link rel="preload" as="font"[^>]*>')
 
 
@@ -42,7 +44,7 @@ def prepare_page(app, pagename, templatename, context, doctree) -> None:
             kept.append(script)
         seen.add(name)
     context["script_files"] = kept
-    title = re.sub(r"<[^>]*>", "", context.get("title") or app.config.project)
+    title = re.sub(r"<[^>]*>", "", context.get("title") or app.config.html_title)
     tags = {"og:title": html.unescape(title), "og:type": "article"}
     text = description_of(doctree)
     if text:
@@ -91,15 +93,19 @@ def prune(app, exception) -> None:
     # The icons' font does what the script of 1.4 MB does a second time.
     for page in Path(app.outdir).rglob("*.html"):
         text = page.read_text(encoding="utf-8")
-        shorter = FONT_PRELOAD.sub("", FONT_SCRIPT.sub("", text))
+        shorter = text
+        for unused in (FONT_PRELOAD, FONT_SCRIPT, THEBE_STYLE):
+            shorter = unused.sub("", shorter)
+        # one name for every exercise of a page is no name
+        shorter = CONTENT_ID.sub(r'<section class="\1">', shorter)
         if page.name == "index.html" and "<title>" not in text and len(text) < 200:
-            shorter = redirect(app.config.project, text)
+            shorter = redirect(app.config.html_title, text)
         if shorter != text:
             page.write_text(shorter, encoding="utf-8")
 
 
 def redirect(title: str, text: str) -> str:
-    """The page at the root; jupyter-book writes it without a title and a link."""
+    """The page at the root; jupyter-book writes it without title and link."""
     found = re.search(r"url=([^\"'>\s]+)", text)
     if not found:
         return text
