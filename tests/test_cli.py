@@ -250,7 +250,7 @@ def test_an_unknown_command_is_one_line(tmp_path):
 
 
 def test_help_shows_the_defaults_of_the_preset(tmp_path):
-    for preset, rate in (("demo", "0.003"), ("tinytiny", "0.0006")):
+    for preset, rate in (("demo", "0.01"), ("tinytiny", "0.0006")):
         shown = command(tmp_path, "pretrain", "--preset", preset, "--help").stdout
         assert rate in shown and preset in shown
 
