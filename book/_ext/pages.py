@@ -15,8 +15,7 @@ from pathlib import Path
 from docutils import nodes
 
 
-MATHJAX = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions", "a11y")
-SPEECH = ("base", "en", "nemeth")
+MATHJAX = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")
 UNUSED = ("styles/*.map", "scripts/*.map", "locales", "sphinx-thebe.*", "*.html")
 UNUSED_FONTS = ("js", "scss", "less", "webfonts/*.ttf", "webfonts/*compat*")
 FONT_SCRIPT = re.compile(r'\s*<script src="[^"]*fontawesome[^"]*\.js[^"]*"></script>')
@@ -82,8 +81,7 @@ def prune(app, exception) -> None:
     if exception or app.builder.format != "html":
         return
     static = Path(app.outdir, "_static")
-    keep_only(static / "mathjax", (*MATHJAX, "sre/mathmaps"))
-    keep_only(static / "mathjax" / "sre" / "mathmaps", SPEECH)
+    keep_only(static / "mathjax", MATHJAX)
     for pattern in UNUSED:
         for path in static.glob(pattern):
             delete(path)
