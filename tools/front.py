@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import sys
+import textwrap
 from pathlib import Path
 
 import nbformat
@@ -28,8 +29,8 @@ def main() -> None:
             continue
         for output in cell.outputs:
             if "text" in output:
-                lines = [line.rstrip() for line in output.text.splitlines()]
-                lines = [line for line in lines if line.strip()]
+                lines = [line.strip() for line in output.text.splitlines()]
+                lines = [part for line in lines for part in textwrap.wrap(line, 76)]
                 text = "\n".join(["```text", *lines, "```", ""])
                 wanted[STATIC / "front.md"] = text.encode()
             elif "image/png" in output.get("data", {}):
