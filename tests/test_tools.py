@@ -312,6 +312,19 @@ def test_weave_elsewhere_leaves_the_notebooks_alone(book):
     assert "12.566" in str(made.cells)
 
 
+def test_weave_elsewhere_executes_where_readers_do(book):
+    """`make book` writes below _build, and chapters read `../ledger`."""
+    edit(
+        book / "book/chapters/01_one.md",
+        'print("solved")',
+        'print(open("../new").read())',
+    )
+    (book / "new").write_text("from the root")
+    assert run(book, "weave", "--to", "_build/nb").returncode == 0
+    made = nbformat.read(book / "_build/nb/01_one.ipynb", as_version=4)
+    assert "from the root" in str(made.cells)
+
+
 def test_weave_refuses_paths_of_this_machine(book):
     edit(book / "book/chapters/01_one.md", 'print("solved")', f"print({str(book)!r})")
     assert "folder of this machine" in run(book, "weave").stderr

@@ -232,7 +232,10 @@ def weave(chapter: Chapter, path: Path, forced: bool, text_only: bool) -> str:
     else:
         for cell in (cell for cell in fresh.cells if cell.cell_type == "code"):
             cell.outputs, cell.execution_count = [], None
-        execute(fresh, path.parent)
+        # where readers run it, wherever the result goes: chapters read `../ledger`
+        home = (NOTEBOOKS / chapter.notebook_path).parent
+        home.mkdir(parents=True, exist_ok=True)
+        execute(fresh, home)
         done = f"{time.perf_counter() - began:.1f} s"
     temporary = path.with_suffix(".part")  # by rename: an interruption loses nothing
     nbformat.write(fresh, temporary)
