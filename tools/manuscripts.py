@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
 NOTEBOOKS = ROOT / "notebooks"
 PACKAGE = ROOT / "gptlib"
+SCRIPT = re.compile(r"^```javascript\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STEM = re.compile(r"(?P<workshop>W?)(?P<number>\d+)_(?P<name>[a-z][a-z0-9_]*)")
 NOT_PLAIN = {"index", "library", "bibliography"}  # pages that only the site has
 
@@ -71,6 +72,11 @@ class Chapter:
         """Where its notebook lies, below the folder of notebooks."""
         return Path("workshop" if self.workshop else "") / f"{self.stem}.ipynb"
 
+    @property
+    def script_path(self) -> Path:
+        """Where its JavaScript goes, if it has any."""
+        return PACKAGE / "web" / f"{self.module.rpartition('.')[2]}.js"
+
     @cached_property
     def text(self) -> str:
         return self.path.read_text(encoding="utf-8").replace("\r\n", "\n")
@@ -112,6 +118,12 @@ class Chapter:
     def exported(self) -> list[nbformat.NotebookNode]:
         """The cells that make the module."""
         return [c for c in self.code_cells if "export" in c.metadata.get("tags", [])]
+
+    @property
+    def scripts(self) -> list[str]:
+        """Its blocks of JavaScript, which make a file beside the module."""
+        text = (c.source for c in self.notebook.cells if c.cell_type == "markdown")
+        return [found[1] for source in text for found in SCRIPT.finditer(source)]
 
 
 @cache

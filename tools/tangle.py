@@ -1,5 +1,7 @@
 """Tangle: the exported cells of a chapter, one after another, are its module of gptlib.
 
+Its blocks of JavaScript, one after another, are a file of gptlib/web.
+
 python tools/tangle.py            write every module
 python tools/tangle.py --check    exit 1 with a diff if a module is out of date
 """
@@ -58,6 +60,13 @@ def tangle(chapter: Chapter) -> str:
     )
 
 
+def tangle_scripts(chapter: Chapter) -> str:
+    """The file that a chapter's blocks of JavaScript make, in a scope of its own."""
+    path = chapter.path.relative_to(ROOT).as_posix()
+    head = f"// {chapter.title}. Tangled from {path}; change it there, not here.\n"
+    return head + '"use strict";\n{\n' + "\n".join(chapter.scripts) + "}\n"
+
+
 def check_floors(chapter: Chapter, source: str) -> None:
     """A module imports only from floors below its own."""
     order = floors()
@@ -78,21 +87,26 @@ def main() -> None:
     check = "--check" in sys.argv[1:]
     stale = []
     expected = {PACKAGE / "__init__.py", PACKAGE / "workshop" / "__init__.py"}
-    for chapter in (chapter for chapter in chapters() if chapter.exported):
-        new, path = tangle(chapter), chapter.module_path
-        check_floors(chapter, new)
-        expected.add(path)
-        old = path.read_text(encoding="utf-8") if path.exists() else ""
-        name = path.relative_to(ROOT).as_posix()
-        if new != old and check:
-            stale.append(name)
-            lines = old.splitlines(True), new.splitlines(True)
-            sys.stdout.writelines(
-                difflib.unified_diff(*lines, name, chapter.stem + ".md")
-            )
-        elif new != old:
-            path.write_text(new, encoding="utf-8")
-            print(f"tangled {chapter.stem} -> {name}")
+    for chapter in chapters():
+        made = {}
+        if chapter.exported:
+            made[chapter.module_path] = tangle(chapter)
+            check_floors(chapter, made[chapter.module_path])
+        if chapter.scripts:
+            made[chapter.script_path] = tangle_scripts(chapter)
+        expected |= made.keys()
+        for path, new in made.items():
+            old = path.read_text(encoding="utf-8") if path.exists() else ""
+            name = path.relative_to(ROOT).as_posix()
+            if new != old and check:
+                stale.append(name)
+                lines = old.splitlines(True), new.splitlines(True)
+                sys.stdout.writelines(
+                    difflib.unified_diff(*lines, name, chapter.stem + ".md")
+                )
+            elif new != old:
+                path.write_text(new, encoding="utf-8")
+                print(f"tangled {chapter.stem} -> {name}")
     for path in sorted({*PACKAGE.rglob("*.py")} - expected):
         raise ManuscriptError(
             f"{path.relative_to(ROOT)}: no chapter makes it; delete it or write one"
