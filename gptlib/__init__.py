@@ -6,8 +6,8 @@ batches      windows of tokens           speed        time and memory
 attention    one causal head             evaluation   what a loss means
 multi_head   several heads, one matmul   exchange     to and from transformers
 block        attention, MLP, residual    pretraining  the full run
-gpt          the model                   workshop     what a run of days needs
-objective    loss, optimiser, schedule
+gpt          the model                   page         the model in a browser
+objective    loss, optimiser, schedule   workshop     what a run of days needs
 
 The names in `HOME` can be imported from here: `from gptlib import GPT, load_run`.
 """

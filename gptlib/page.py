@@ -118,8 +118,9 @@ def export_page_weights(
     for moment in moments:
         weights = {k: v.detach().cpu() for k, v in moment.model.state_dict().items()}
         check_finite(weights)
-        tensors = [[k, *v.shape] if v.ndim == 2 else [k, len(v), 0]
-                   for k, v in weights.items()]
+        tensors = [
+            [k, *v.shape] if v.ndim == 2 else [k, len(v), 0] for k, v in weights.items()
+        ]
         data = b"".join(pack(weight, moment.bits) for weight in weights.values())
         packed.append(base64.b64encode(data).decode())
     settings = {"max_new_tokens": 60, "temperature": 0.7, "seed": 0} | settings
@@ -128,7 +129,10 @@ def export_page_weights(
         "format": FORMAT,
         "config": dataclasses.asdict(config),
         "parameters": size,
-        "tokens": [t.decode("latin-1") for t in sorted(tokenizer.ranks, key=tokenizer.ranks.get)],
+        "tokens": [
+            t.decode("latin-1")
+            for t in sorted(tokenizer.ranks, key=tokenizer.ranks.get)
+        ],
         "tensors": tensors,
         "moments": [{"step": m.step, "bits": m.bits} for m in moments],
         "examples": texts,

@@ -95,6 +95,20 @@ def test_a_finished_run_says_so(place):
     assert done.returncode == 0 and "finished" in done.stderr
 
 
+def test_a_page_of_a_run(place):
+    done = command(place, "page", "--run", "run", "--out", "page.html")
+    assert done.returncode == 0, done.stderr
+    assert "MB for" in done.stdout and "30,000,000" in done.stdout
+    text = (place / "page.html").read_text()
+    assert text.startswith("<!DOCTYPE html>") and "gptWeights([" in text
+    assert not list(place.glob("*.weights.js"))
+    one_line(
+        command(place, "page", "--run", "run", "--out", "p.html", "--bits", "5"),
+        "bits is 5",
+        "4, 6 or 8",
+    )
+
+
 def test_sampling_and_evaluation(place):
     sample = command(
         place,

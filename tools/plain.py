@@ -313,6 +313,10 @@ class Plain:
                 body = rows[first + 1 : last]
                 parts.append(self.directive(name, title, body, line + first))
             elif opened:
+                if opened["title"] == "javascript" and self.page.label:
+                    path = self.page.script_path
+                    name = path.relative_to(ROOT).as_posix()
+                    parts.append(f"*goes into* [`{name}`]({self.path_to(path)})\n")
                 parts.append("\n".join(rows[first : last + 1]))
         return "\n".join(parts)
 

@@ -68,7 +68,9 @@ def source_hash(chapter: Chapter) -> str:
         world = (PACKAGE / "workshop").rglob("*")
         files += sorted(p for p in world if p.suffix in (".txt", ".json", ".toml"))
     digest = hashlib.sha256()
-    for part in code + chapter.scripts + [path.read_text(encoding="utf-8") for path in files]:
+    for part in (
+        code + chapter.scripts + [path.read_text(encoding="utf-8") for path in files]
+    ):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
 

@@ -116,6 +116,14 @@ def mark_exported_cells(app, doctree, docname: str) -> None:
             text = nodes.literal("", name)
             line += link(app, docname, index, f"gptlib.{chapter.module}.{name}", text)
         cell.insert(0, line)
+    if chapter and chapter.scripts:
+        for block in list(doctree.findall(nodes.literal_block)):
+            if block.get("language") == "javascript":
+                line = nodes.paragraph("", "", classes=["goes-to"])
+                line += nodes.inline("", "goes into ")
+                name = chapter.script_path.relative_to(ROOT).as_posix()
+                line += nodes.literal("", name)
+                block.parent.insert(block.parent.index(block), line)
     if docname == "book/library":
         known = app.env.gptlib_names
         for signature in doctree.findall(lambda n: n.tagname == "desc_signature"):

@@ -95,21 +95,26 @@ class PageTokenizer {
   }
 }
 
-/** out[r] = bias[r] + the inner product of row r of W with x. */
+/** out[r] = bias[r] + the inner product of row r of W with x; four rows at a time. */
 function linear(W, bias, x, out) {
-  const n = x.length;
-  for (let r = 0, w = 0; r < out.length; r++) {
-    let a = bias ? bias[r] : 0, b = 0, c = 0, d = 0, i = 0;
-    for (; i + 3 < n; i += 4, w += 4) {
-      a += W[w] * x[i];
-      b += W[w + 1] * x[i + 1];
-      c += W[w + 2] * x[i + 2];
-      d += W[w + 3] * x[i + 3];
+  const n = x.length, rows = out.length;
+  let r = 0;
+  for (; r + 3 < rows; r += 4) {
+    let a = 0, b = 0, c = 0, d = 0;
+    let w0 = r * n, w1 = w0 + n, w2 = w1 + n, w3 = w2 + n;
+    for (let i = 0; i < n; i++) {
+      const v = x[i];
+      a += W[w0++] * v;
+      b += W[w1++] * v;
+      c += W[w2++] * v;
+      d += W[w3++] * v;
     }
-    for (; i < n; i++, w++) a += W[w] * x[i];
-    out[r] = a + b + c + d;
+    [out[r], out[r + 1], out[r + 2], out[r + 3]] = [a, b, c, d];
   }
-  return out;
+  for (; r < rows; r++) {
+    for (let i = 0; i < n; i++) out[r] += W[r * n + i] * x[i];
+  }
+  return bias ? out.map((v, i) => v + bias[i]) : out;
 }
 
 function layerNorm(x, weight, bias) {

@@ -14,6 +14,7 @@ const shown = (text) => text.replace(/\n/g, "⏎").replace(/ /g, "␣") || "·";
 const percent = (p) => (p >= 0.9995 ? "100" : (100 * p).toPrecision(p < 0.001 ? 1 : 3).slice(0, 4)) + "%";
 const number = (v) => v.toFixed(Math.abs(v) < 10 ? 3 : 1);
 const length = (x) => Math.sqrt(x.reduce((sum, v) => sum + v * v, 0));
+const HEADING = document.querySelector(".gpt-alone") ? "h2" : "h3";  // below the page's own
 const EXAMPLES = ["The river", "In the village of", ""];
 const STAGES = ["embedding", "scores", "weights", "residual stream", "logits"];
 
@@ -129,6 +130,7 @@ class View {
       radio.checked = i === last;
       this.moments.append(element("label", {}, radio, `${step} steps`));
     });
+    weights.model(last);  // opened before it is asked for
     return true;
   }
 
@@ -270,9 +272,11 @@ class View {
     this.panels.replaceChildren(
       this.distribution(probs, drawn), this.attention(), this.numbers(probs));
     const head = trace.layers[this.layer].heads[this.head];
+    const most = head.weights.reduce((a, b) => Math.max(a, b));
     for (const piece of this.pieces) {
       if (!piece) continue;
-      const w = piece.index < chosen && piece.index >= trace.start ? head.weights[piece.index - trace.start] : 0;
+      const read = piece.index < chosen && piece.index >= trace.start;
+      const w = read ? head.weights[piece.index - trace.start] / most : 0;
       piece.span.style.setProperty("--w", w.toFixed(3));
     }
     const again = old && document.getElementById(old);
@@ -297,7 +301,7 @@ class View {
     const how = drawn
       ? `The dart fell on ${drawn.u.toFixed(4)} and drew this token, of ${probs.filter((p) => p > 0).length} that could be drawn.`
       : "This token stood in the prompt. The model would have drawn from this distribution.";
-    return element("section", {}, element("h3", {}, `Where ${this.name(id)} came from`),
+    return element("section", {}, element(HEADING, {}, `Where ${this.name(id)} came from`),
       element("p", {}, how), this.table(["token", "", "probability"], rows));
   }
 
@@ -318,7 +322,7 @@ class View {
       }, `${layer + 1}.${head + 1}`);
       rows.push([button, canvas, `${this.name(text.ids[trace.start + most])} ${percent(best)}`]);
     }));
-    return element("section", {}, element("h3", {}, "What each head read"),
+    return element("section", {}, element(HEADING, {}, "What each head read"),
       element("p", {}, "A row is a head, layer and number. From left to right: the text so far. The text above is tinted by the chosen head."),
       this.table(["head", "weights over the text", "most"], rows, "gpt-heads"));
   }
@@ -338,9 +342,9 @@ class View {
     const { scores, weights } = layer.heads[this.head];
     const top = Array.from(weights.keys()).sort((a, b) => weights[b] - weights[a]).slice(0, 8).sort((a, b) => a - b);
     const row = (i) => [this.name(text.ids[trace.start + i]), String(i), number(scores[i])];
-    const first = [0, 1, 2, 3, 4];
+    const first = [0, 1, 2];
     const body = [
-      () => [`The token and its position ${trace.position} each give ${trace.wte.length} numbers, which are added. The first five:`,
+      () => [`The token and its position ${trace.position} each give ${trace.wte.length} numbers, which are added. The first three:`,
         this.table(["", ...first.map(String)], [
           ["token", ...first.map((i) => number(trace.wte[i]))],
           ["position", ...first.map((i) => number(trace.wpe[i]))],
@@ -358,7 +362,7 @@ class View {
           this.table(["token", "logit", "probability"], best.map((i) => [this.name(i), number(trace.logits[i]), percent(probs[i])]))];
       },
     ][stage]();
-    return element("section", {}, element("h3", {}, `${this.name(text.ids[at])} through the model, ${stage + 1} of 5: ${STAGES[stage]}`),
+    return element("section", {}, element(HEADING, {}, `${this.name(text.ids[at])} through the model, ${stage + 1} of 5: ${STAGES[stage]}`),
       element("fieldset", {}, element("legend", { class: "gpt-hidden" }, "step and head"), go(-1, "Back"), go(1, "Next"),
         choice("layer", "layer", trace.layers.length), choice("head", "head", layer.heads.length)),
       element("p", {}, body[0]), body[1]);

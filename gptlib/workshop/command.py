@@ -20,6 +20,7 @@ COMMANDS = {  # name: module with its main, what it does
     "probe": ("workshop.probes", "what a model has learned of TinyWiki's facts"),
     "export": ("exchange", "write a run as a transformers folder"),
     "import": ("exchange", "make a run of a GPT-2-shaped transformers model"),
+    "page": ("page", "write a run as one HTML file that answers by itself"),
     "benchmark": ("workshop.benchmark", "speed and memory of this machine"),
 }
 
