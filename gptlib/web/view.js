@@ -168,7 +168,7 @@ class View {
     this.text = new gptPage.PageText(model, tokenizer, mode.ids(tokenizer, prompt));
     this.drawn = [];
     this.pieces = [];
-    this.decoder = new TextDecoder();
+    this.decoder = new TextDecoder("utf-8", { ignoreBOM: true });
     this.output.replaceChildren();
     this.panels.replaceChildren();
     this.text.ids.forEach((id, i) => i && this.show(id, i, null));
