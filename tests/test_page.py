@@ -131,7 +131,7 @@ def random_strings() -> list[str]:
         c for c in map(chr, range(0x3001)) if unicodedata.category(c) in "Zs Zl Zp Cc"
     ]
     every = [*range(0xD800), *range(0xE000, 0x110000)]
-    usual = "the river 's I'll 1949 é ßµ中文🙂 \n\t..,;-(){}<|endoftext|>"
+    usual = "\ufeff\u0085the river 's I'll 1949 é ßµ中文🙂 \n\t..,;-(){}<|endoftext|>"
     texts = []
     while len(texts) < 10_000:
         pools = dice.choice([[usual], [usual, spaces], [usual, spaces, None], [None]])

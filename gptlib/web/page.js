@@ -85,7 +85,7 @@ class PageTokenizer {
   }
 
   decode(ids) {
-    return new TextDecoder().decode(this.bytes(ids));
+    return new TextDecoder("utf-8", { ignoreBOM: true }).decode(this.bytes(ids));
   }
 
   /** Characters that no single token holds: the model reads their bytes. */

@@ -87,7 +87,7 @@ class View {
     [this.topP, labels.topP] = field("top-p", { min: 0.05, max: 1, step: 0.05, value: 1 });
     [this.seed, labels.seed] = field("seed", { min: 0, step: 1, value: 1 });
     [this.count, labels.count] = field("tokens", { min: 1, max: 1000, step: 1, value: this.small ? 80 : 120 });
-    this.moments = element("fieldset", {}, element("legend", {}, "Trained for"));
+    this.moments = element("fieldset", { hidden: "" }, element("legend", {}, "Trained for"));
     this.notice = element("p", {});
     this.status = element("p", { role: "status" });
     this.spoken = element("div", { class: "gpt-hidden", "aria-live": "polite" });
@@ -130,6 +130,7 @@ class View {
       radio.checked = i === last;
       this.moments.append(element("label", {}, radio, `${step} steps`));
     });
+    this.moments.hidden = false;
     weights.model(last);  // opened before it is asked for
     return true;
   }
@@ -167,7 +168,7 @@ class View {
     this.text = new gptPage.PageText(model, tokenizer, mode.ids(tokenizer, prompt));
     this.drawn = [];
     this.pieces = [];
-    this.decoder = new TextDecoder();
+    this.decoder = new TextDecoder("utf-8", { ignoreBOM: true });
     this.output.replaceChildren();
     this.panels.replaceChildren();
     this.text.ids.forEach((id, i) => i && this.show(id, i, null));
