@@ -134,7 +134,7 @@ BUGS = [
     Bug("text before the first mark never read", "batches", "np.union1d([0], ", "np.union1d([], ", "batches::with_a_mark_a_window_begins_where_its_document_does"),
     Bug("last pair dropped", "batches", "        ahead = pair\n    if ahead is not None", "        ahead = pair\n    if False", "batches::to_device_keeps_order_and_stays_one_ahead"),
     # training
-    Bug("accumulation adds instead of averaging", "training", "module(x, y) / n ", "module(x, y) ", MEAN),
+    Bug("accumulation adds instead of averaging", "training", "module(*batch) / n ", "module(*batch) ", MEAN),
     Bug("loss of the last micro-batch logged", "training", "loss += part.detach()", "loss = part.detach() * n", MEAN),
     Bug("gradients kept for the next step", "training", "state.optimizer.zero_grad(set_to_none=True)", "pass", "training::gradients_do_not_carry_over_to_the_next_step"),
     Bug("clipping before unscaling", "training", UNSCALED, "pass", "training::scaling_the_loss_changes_neither_steps_nor_logged_norms"),
@@ -145,7 +145,7 @@ BUGS = [
     Bug("evaluation in training mode", "training", "module.eval()", "module.train()", "training::training_is_in_training_mode_and_evaluation_is_not"),
     Bug("evaluation ends the training mode", "training", "module.train(was_training)", "pass", "training::training_is_in_training_mode_and_evaluation_is_not"),
     Bug("evaluation reads a training step's crops", "training", "EVAL_STEP = 2**63", "EVAL_STEP = 7", "training::evaluation_weighs_unequal_groups_and_draws_nothing"),
-    Bug("small groups weigh as much as large ones", "training", "* len(x)", "* micro_batch_size", "training::evaluation_weighs_unequal_groups_and_draws_nothing"),
+    Bug("small groups weigh as much as large ones", "training", "* len(batch[0])", "* micro_batch_size", "training::evaluation_weighs_unequal_groups_and_draws_nothing"),
     Bug("resuming without the optimiser", "training", '("model", "optimizer", "scaler")', '("model", "scaler")', STATE),
     Bug("resuming without the scaler", "training", '("model", "optimizer", "scaler")', '("model", "optimizer")', STATE),
     Bug("resuming without the step", "training", 'COUNTERS = ("step", ', "COUNTERS = (", STATE),
@@ -192,7 +192,7 @@ BUGS = [
     Bug("best checkpoint deleted", "workshop.checkpoints", "{*steps[-self.keep :], self.best()}", "{*steps[-self.keep :]}", "checkpoints::the_last_and_the_best_are_kept_and_nothing_else"),
     Bug("oldest checkpoint taken up", "workshop.checkpoints", "for step in reversed(steps)", "for step in steps", "checkpoints::a_damaged_checkpoint_gives_way_and_is_set_aside"),
     Bug("loss added over processes, not averaged", "workshop.distribution", "value / self.size", "value", "distribution::several_processes_average_and_vote"),
-    Bug("validation loss of the training split", "workshop.runs", 'ids["validation"]', 'ids["train"]', "runs::the_validation_loss_is_that_of_the_validation_split"),
+    Bug("validation loss of the training split", "workshop.runs", 'tokens.split(name).ids', 'tokens.split("train").ids', "runs::the_validation_loss_is_that_of_the_validation_split"),
     Bug("worst checkpoint called the best", "workshop.runs", "loss < state.best", "not loss < state.best", "runs::the_best_or_the_last_is_loaded_without_the_optimiser"),
 ]  # fmt: skip
 
