@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -362,7 +361,7 @@ def read_chats(path: Path | str) -> list[list[Message]]:
 
 
 def load_chats(name: str, seed: int = 0) -> dict[str, list[list[Message]]]:
-    """Both splits of the conversations: QUESTIONS', or a file's, every 20th held out."""
+    """Both splits of the conversations: QUESTIONS or a file, 1 in 20 held out."""
     if name in QUESTIONS:
         return tinywiki_chats(name, seed)
     if not Path(name).exists():
@@ -432,7 +431,7 @@ SETTINGS = {  # of a fine-tuning, where nothing else is said
 
 
 def finetune_config(base: Path | str, data: str, **changes) -> TrainConfig:
-    """The configuration that trains a run further: its model and tokenizer, new data."""
+    """The configuration that trains a run further on conversations."""
     record = read_record(base)
     if record is None:
         raise FinetuneError(f"{base}: no run.json there; give a run's --out folder")
@@ -578,7 +577,7 @@ def talk_with(options: ChatOptions) -> None:
 
 @dataclass(frozen=True)
 class Finetune:
-    """Teach a trained model to answer. On an unfinished --out the same command goes on."""
+    """Teach a model to answer. On an unfinished --out the same command goes on."""
 
     options: Annotated[RunOptions, tyro.conf.arg(name="")]
     run: Path  # the --out folder of a trained model
@@ -592,7 +591,7 @@ class Finetune:
 
 
 def main() -> None:
-    """`gptlib finetune --run R --data FILE.jsonl --out FOLDER`, `gptlib chat --run R`."""
+    """`gptlib finetune --run R --data FILE --out FOLDER` and `gptlib chat --run R`."""
     with errors_in_one_line():
         if sys.argv[0].endswith("chat"):
             return talk_with(tyro.cli(ChatOptions))

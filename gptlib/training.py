@@ -320,7 +320,7 @@ def training_step(
         seed_dropout(config, state.step, i, world.rank)
         with world.accumulate(module, last=i == n - 1):
             with state.precision.autocast():
-                part = module(*batch) / n  # mean over the step, not over the micro-batch
+                part = module(*batch) / n  # mean over the step, not the micro-batch
             state.scaler.scale(part).backward()
         loss += part.detach()
     state.scaler.unscale_(state.optimizer)  # the clip must see true gradients

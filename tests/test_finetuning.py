@@ -78,7 +78,9 @@ def chat(question: str, answer: str) -> list[dict]:
     ]
 
 
-CHATS = [chat(f"What is {i} ?", f"It is {'abc'[i % 3] * (1 + i % 5)}") for i in range(40)]
+CHATS = [
+    chat(f"What is {i} ?", f"It is {'abc'[i % 3] * (1 + i % 5)}") for i in range(40)
+]
 ROWS = [encode_chat(BYTES, c) for c in CHATS]
 
 
@@ -140,7 +142,9 @@ def test_the_weighted_loss_is_torchs_with_an_ignored_index():
     tokens, targets, weights = chat_batch(ROWS[:4], 1.0)
     marked = targets.masked_fill(weights == 0, -100)
     expected = model(tokens, marked)[1]
-    assert torch.allclose(weighted_loss(model, tokens, targets, weights) / weights.sum(), expected)
+    assert torch.allclose(
+        weighted_loss(model, tokens, targets, weights) / weights.sum(), expected
+    )
 
 
 def test_a_micro_batch_without_a_target_is_zero_and_not_nan():
@@ -204,7 +208,9 @@ def test_processes_share_the_conversations_of_a_step():
     shares = [list(batches.micro_batches(3, 2, rank, 2)) for rank in (0, 1)]
     for k, x in enumerate(whole):
         assert torch.equal(x, shares[k % 2][k // 2][0])
-    assert len(set(map(int, batches.offsets(0))) ^ set(map(int, batches.offsets(1)))) > 0
+    assert (
+        len(set(map(int, batches.offsets(0))) ^ set(map(int, batches.offsets(1)))) > 0
+    )
 
 
 # questions about TinyWiki
@@ -239,13 +245,20 @@ def chats():
 def test_splits_share_neither_wording_nor_entity(chats):
     for splits in chats.values():
         texts = {
-            split: {turn["content"] for c in some for turn in c if turn["role"] == "user"}
+            split: {
+                turn["content"] for c in some for turn in c if turn["role"] == "user"
+            }
             for split, some in splits.items()
         }
         assert not texts["train"] & texts["validation"]
     new = [e for e in famous_entities() if held_out(e)]
     names = {TinyWiki().facts(*entity)["name"] for entity in new}
-    trained = " ".join(t["content"] for c in chats["tinywiki-questions-known"]["train"] for t in c if t["role"] == "user")
+    trained = " ".join(
+        t["content"]
+        for c in chats["tinywiki-questions-known"]["train"]
+        for t in c
+        if t["role"] == "user"
+    )
     assert 35 <= len(names) <= 40
     assert not any(f" {name} " in trained for name in names)
 
@@ -281,7 +294,10 @@ GOOD = json.dumps({"messages": TALK})
         ("{'messages'", "not JSON"),
         ("[1]", "not a conversation"),
         ('{"messages": 3}', "not a conversation"),
-        (GOOD.replace("user", "bot", 1), "unknown role 'bot' in turn 1; there are system"),
+        (
+            GOOD.replace("user", "bot", 1),
+            "unknown role 'bot' in turn 1; there are system",
+        ),
         (GOOD.replace("Anna", " "), "turn 2, of assistant, is empty"),
         (GOOD.replace('"Anna"', "null"), "turn 2, of assistant, is empty"),
         (GOOD.replace("Anna", "\\ud800"), "surrogates"),
@@ -340,7 +356,9 @@ def base(tmp_path_factory):
     place = tmp_path_factory.mktemp("finetune")
     text = "".join(f"the {i % 7} ferries left at {i % 12} .\n" for i in range(400))
     (place / "text.txt").write_text(text)
-    Tokenizer.from_merges(train_bpe([text], 300), "small").save(place / "tokenizer.json")
+    Tokenizer.from_merges(train_bpe([text], 300), "small").save(
+        place / "tokenizer.json"
+    )
     (place / "chats.jsonl").write_text(
         "".join(json.dumps({"messages": c}) + "\n" for c in CHATS)
     )
@@ -465,6 +483,8 @@ def test_the_commands_finetune_and_chat(base):
     done = command(base, "chat", "--run", "nowhere", input="")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     (base / "bad.jsonl").write_text(GOOD + "\nnonsense\n")
-    done = command(base, "finetune", "--run", "base", "--data", "bad.jsonl", "--out", "bad")
+    done = command(
+        base, "finetune", "--run", "base", "--data", "bad.jsonl", "--out", "bad"
+    )
     assert done.returncode == 1 and "bad.jsonl, line 2: not JSON" in done.stderr
     assert done.stderr.count("\n") == 1
