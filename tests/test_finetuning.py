@@ -54,7 +54,7 @@ from gptlib.workshop.watching import read_rows
 
 
 BYTES = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})
-SHAPE = GPTConfig(2, 2, 16, 64, False, 320)
+SHAPE = GPTConfig(2, 2, 16, 256, False, 320)
 TALK = [
     {"role": "user", "content": "Who ?"},
     {"role": "assistant", "content": "Anna"},
@@ -363,7 +363,7 @@ def base(tmp_path_factory):
         "".join(json.dumps({"messages": c}) + "\n" for c in CHATS)
     )
     config = TrainConfig(
-        replace(SHAPE, dropout=0.1), corpus=str(place / "text.txt"), steps=4,
+        replace(SHAPE, block_size=64, dropout=0.1), corpus=str(place / "text.txt"), steps=4,
         tokenizer=str(place / "tokenizer.json"), batch_size=4, eval_sequences=4,
     )  # fmt: skip
     leg(lambda c, o: run_training(c, o), config, place / "base")
@@ -477,7 +477,7 @@ def test_the_commands_finetune_and_chat(base):
         "--steps", "4", "--batch-size", "4", "--device", "cpu", "--no-progress",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    done = command(base, "chat", "--run", "tuned", input="Who ?\n" + "x" * 200 + "\n")
+    done = command(base, "chat", "--run", "tuned", input="Who ?\n" + "x" * 400 + "\n")
     assert done.returncode == 0, done.stderr
     assert "the block has room for" in done.stdout
     done = command(base, "chat", "--run", "nowhere", input="")

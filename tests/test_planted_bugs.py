@@ -194,6 +194,16 @@ BUGS = [
     Bug("loss added over processes, not averaged", "workshop.distribution", "value / self.size", "value", "distribution::several_processes_average_and_vote"),
     Bug("validation loss of the training split", "workshop.runs", 'tokens.split(name).ids', 'tokens.split("train").ids', "runs::the_validation_loss_is_that_of_the_validation_split"),
     Bug("worst checkpoint called the best", "workshop.runs", "loss < state.best", "not loss < state.best", "runs::the_best_or_the_last_is_loaded_without_the_optimiser"),
+    # fine-tuning
+    Bug("loss on the prompt", "finetuning", '[message["role"] == "assistant"]', "[True]", "finetuning::the_answers_and_their_ends_are_learned_and_nothing_else"),
+    Bug("no end of turn", "finetuning", '[*tokenizer.encode(" " + message["content"]), marks["end"]]', 'tokenizer.encode(" " + message["content"])', "finetuning::the_end_of_the_turn_is_learned"),
+    Bug("mask off by one at the answer", "finetuning", "weights[:, 1:]", "weights[:, :-1]", "finetuning::the_first_token_of_an_answer_is_predicted_from_its_mark"),
+    Bug("a mean over nothing", "finetuning", "return losses @ weights[counted]", "return losses @ weights[counted] / counted.sum()", "finetuning::a_micro_batch_without_a_target_is_zero_and_not_nan"),
+    Bug("a mean of the micro-batches' means", "finetuning", "self.batch_size / (len(group) * total)", "1 / sum(sum(learned) for _, learned in group)", "finetuning::a_step_is_the_mean_over_its_answer_tokens_for_any_micro_batch"),
+    Bug("conversations in one row see each other", "finetuning", "model.hidden(tokens)[counted]", "model.hidden(tokens.reshape(1, -1)).view(*tokens.shape, -1)[counted]", "finetuning::padded_together_equals_one_by_one"),
+    Bug("every process reads the same conversations", "finetuning", "first, stride = rank *", "first, stride = 0 *", "finetuning::processes_share_the_conversations_of_a_step"),
+    Bug("a schedule that never moves", "training", "config.rate(state.step)", "config.rate(0)", "finetuning::the_rate_moves"),
+    Bug("a line end inside a text ends the line", "finetuning", '.split("\\n")', ".splitlines()", "finetuning::a_line_separator_inside_a_text_ends_no_line"),
 ]  # fmt: skip
 
 
