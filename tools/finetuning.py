@@ -1,13 +1,13 @@
 """What fine-tuning on TinyWiki's questions changes: the figures of chapter 21.
 
 `python tools/finetuning.py` trains the demo if GPTLIB_RUNS has no such run yet, then
-fine-tunes it on each set of questions, and writes ledger/finetuning/NAME.json for the
-base and for each of them. About five minutes on two cores, and the demo's training.
+fine-tunes it on each set of questions. It writes ledger/finetuning/NAME.json for the
+base, for the end of each fine-tuning, and for its best checkpoint by validation loss.
+About five minutes on two cores, and the demo's training.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -29,7 +29,7 @@ from gptlib.finetuning import (
 )
 from gptlib.pretraining import pretrain
 from gptlib.training import PRESETS
-from gptlib.workshop.runs import Run, RunOptions
+from gptlib.workshop.runs import Run, RunOptions, load_run
 from gptlib.workshop.token_files import load_tokens
 
 
@@ -105,7 +105,10 @@ def main() -> None:
         here = hashlib.sha256(repr(config).encode()).hexdigest()[:8]
         options["micro_batch_size"] = 16
         run = finetune(config, RunOptions(RUNS / f"{name}-{here}", **options))
-        measure(dataclasses.replace(run, model=run.model.eval()), name, sets)
+        measure(run, name, sets)
+        best = load_run(run.path, "best")  # by the loss on held-out conversations
+        if best.step < run.step:
+            measure(best, f"{name}-best", sets)
 
 
 if __name__ == "__main__":
