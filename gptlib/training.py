@@ -278,12 +278,12 @@ ALONE = World()
 class WithLoss(nn.Module):
     """A model and its loss function as one module: (tokens, targets) -> loss."""
 
-    def __init__(self, model: GPT, loss_fn: Callable[[GPT, Tensor, Tensor], Tensor]):
+    def __init__(self, model: GPT, loss_fn: Callable[..., Tensor]):
         super().__init__()
         self.model, self.loss_fn = model, loss_fn
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return self.loss_fn(self.model, tokens, targets)
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.loss_fn(self.model, *batch)
 
 
 def plain_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -301,7 +301,7 @@ def seed_dropout(config: TrainConfig, step: int, micro_batch: int, rank: int) ->
 def training_step(
     state: TrainState,
     module: nn.Module,
-    micro_batches: Sequence[tuple[Tensor, Tensor]],
+    micro_batches: Sequence[tuple[Tensor, ...]],
     config: TrainConfig,
     *,
     world: World = ALONE,
@@ -316,11 +316,11 @@ def training_step(
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     loss = torch.zeros((), device=device)
-    for i, (x, y) in enumerate(to_device(micro_batches, device)):
+    for i, batch in enumerate(to_device(micro_batches, device)):
         seed_dropout(config, state.step, i, world.rank)
         with world.accumulate(module, last=i == n - 1):
             with state.precision.autocast():
-                part = module(x, y) / n  # mean over the step, not over the micro-batch
+                part = module(*batch) / n  # mean over the step, not the micro-batch
             state.scaler.scale(part).backward()
         loss += part.detach()
     state.scaler.unscale_(state.optimizer)  # the clip must see true gradients
@@ -388,8 +388,8 @@ def validation_loss(
     was_training = module.training
     module.eval()
     total = torch.zeros((), device=device)
-    for x, y in to_device(batches.micro_batches(EVAL_STEP, micro_batch_size), device):
+    for batch in to_device(batches.micro_batches(EVAL_STEP, micro_batch_size), device):
         with precision.autocast():
-            total += module(x, y) * len(x)  # the last micro-batch may be smaller
+            total += module(*batch) * len(batch[0])  # the last one may be smaller
     module.train(was_training)
     return (total / batches.batch_size).item()

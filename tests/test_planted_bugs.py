@@ -134,7 +134,7 @@ BUGS = [
     Bug("text before the first mark never read", "batches", "np.union1d([0], ", "np.union1d([], ", "batches::with_a_mark_a_window_begins_where_its_document_does"),
     Bug("last pair dropped", "batches", "        ahead = pair\n    if ahead is not None", "        ahead = pair\n    if False", "batches::to_device_keeps_order_and_stays_one_ahead"),
     # training
-    Bug("accumulation adds instead of averaging", "training", "module(x, y) / n ", "module(x, y) ", MEAN),
+    Bug("accumulation adds instead of averaging", "training", "module(*batch) / n ", "module(*batch) ", MEAN),
     Bug("loss of the last micro-batch logged", "training", "loss += part.detach()", "loss = part.detach() * n", MEAN),
     Bug("gradients kept for the next step", "training", "state.optimizer.zero_grad(set_to_none=True)", "pass", "training::gradients_do_not_carry_over_to_the_next_step"),
     Bug("clipping before unscaling", "training", UNSCALED, "pass", "training::scaling_the_loss_changes_neither_steps_nor_logged_norms"),
@@ -145,7 +145,7 @@ BUGS = [
     Bug("evaluation in training mode", "training", "module.eval()", "module.train()", "training::training_is_in_training_mode_and_evaluation_is_not"),
     Bug("evaluation ends the training mode", "training", "module.train(was_training)", "pass", "training::training_is_in_training_mode_and_evaluation_is_not"),
     Bug("evaluation reads a training step's crops", "training", "EVAL_STEP = 2**63", "EVAL_STEP = 7", "training::evaluation_weighs_unequal_groups_and_draws_nothing"),
-    Bug("small groups weigh as much as large ones", "training", "* len(x)", "* micro_batch_size", "training::evaluation_weighs_unequal_groups_and_draws_nothing"),
+    Bug("small groups weigh as much as large ones", "training", "* len(batch[0])", "* micro_batch_size", "training::evaluation_weighs_unequal_groups_and_draws_nothing"),
     Bug("resuming without the optimiser", "training", '("model", "optimizer", "scaler")', '("model", "scaler")', STATE),
     Bug("resuming without the scaler", "training", '("model", "optimizer", "scaler")', '("model", "optimizer")', STATE),
     Bug("resuming without the step", "training", 'COUNTERS = ("step", ', "COUNTERS = (", STATE),
@@ -192,8 +192,18 @@ BUGS = [
     Bug("best checkpoint deleted", "workshop.checkpoints", "{*steps[-self.keep :], self.best()}", "{*steps[-self.keep :]}", "checkpoints::the_last_and_the_best_are_kept_and_nothing_else"),
     Bug("oldest checkpoint taken up", "workshop.checkpoints", "for step in reversed(steps)", "for step in steps", "checkpoints::a_damaged_checkpoint_gives_way_and_is_set_aside"),
     Bug("loss added over processes, not averaged", "workshop.distribution", "value / self.size", "value", "distribution::several_processes_average_and_vote"),
-    Bug("validation loss of the training split", "workshop.runs", 'ids["validation"]', 'ids["train"]', "runs::the_validation_loss_is_that_of_the_validation_split"),
+    Bug("validation loss of the training split", "workshop.runs", 'tokens.split(name).ids', 'tokens.split("train").ids', "runs::the_validation_loss_is_that_of_the_validation_split"),
     Bug("worst checkpoint called the best", "workshop.runs", "loss < state.best", "not loss < state.best", "runs::the_best_or_the_last_is_loaded_without_the_optimiser"),
+    # fine-tuning
+    Bug("loss on the prompt", "finetuning", '[message["role"] == "assistant"]', "[True]", "finetuning::the_answers_and_their_ends_are_learned_and_nothing_else"),
+    Bug("no end of turn", "finetuning", '[*tokenizer.encode(" " + message["content"]), marks["end"]]', 'tokenizer.encode(" " + message["content"])', "finetuning::the_end_of_the_turn_is_learned"),
+    Bug("mask off by one at the answer", "finetuning", "weights[:, 1:]", "weights[:, :-1]", "finetuning::the_first_token_of_an_answer_is_predicted_from_its_mark"),
+    Bug("a mean over nothing", "finetuning", "return losses @ weights[counted]", "return losses @ weights[counted] / counted.sum()", "finetuning::a_micro_batch_without_a_target_is_zero_and_not_nan"),
+    Bug("a mean of the micro-batches' means", "finetuning", "self.batch_size / (len(group) * total)", "1 / sum(sum(learned) for _, learned in group)", "finetuning::a_step_is_the_mean_over_its_answer_tokens_for_any_micro_batch"),
+    Bug("conversations in one row see each other", "finetuning", "model.hidden(tokens)[counted]", "model.hidden(tokens.reshape(1, -1)).view(*tokens.shape, -1)[counted]", "finetuning::padded_together_equals_one_by_one"),
+    Bug("every process reads the same conversations", "finetuning", "first, stride = rank *", "first, stride = 0 *", "finetuning::processes_share_the_conversations_of_a_step"),
+    Bug("a schedule that never moves", "training", "config.rate(state.step)", "config.rate(0)", "finetuning::the_rate_moves"),
+    Bug("a line end inside a text ends the line", "finetuning", '.split("\\n")', ".splitlines()", "finetuning::a_line_separator_inside_a_text_ends_no_line"),
 ]  # fmt: skip
 
 

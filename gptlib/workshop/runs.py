@@ -230,6 +230,39 @@ def load_init(model: GPT, source: Run, tokenizer: Tokenizer) -> None:
     model.load_state_dict(source.model.state_dict())
 
 
+@dataclass(frozen=True)
+class Data:
+    """What a run reads, with the hash of each split."""
+
+    tokenizer: Tokenizer
+    batches: Batches
+    eval_batches: Batches
+    hashes: dict[str, str]
+    held_out: object = None  # how the validation split was chosen
+
+
+def open_corpus(config: TrainConfig, own: Tokenizer | None, progress: bool) -> Data:
+    """The windows of a corpus. own: the tokenizer of a run that has begun."""
+    corpus = load_corpus(config.corpus)
+    tokenizer = own or load_tokenizer(config.tokenizer, corpus)
+    if tokenizer.n_vocab > config.model.vocab_size:
+        raise RunError(
+            f"the tokenizer has {tokenizer.n_vocab} ids, the model room for "
+            f"{config.model.vocab_size}; raise --model.vocab-size"
+        )
+    tokens = load_tokens(corpus, tokenizer, progress=progress)
+    mark = tokenizer.end_of_text if config.crops == "documents" else None
+    sizes = {"train": config.batch_size, "validation": config.eval_sequences}
+    block, seed = config.model.block_size, config.seed
+    batches = [
+        Batches(tokens.split(name).ids, n, block, seed, mark)
+        for name, n in sizes.items()
+    ]
+    manifest = tokens.manifest
+    hashes = {split: entry["sha256"] for split, entry in manifest["splits"].items()}
+    return Data(tokenizer, *batches, hashes, manifest.get("held_out"))
+
+
 class Leg:
     """One stretch of a run, from where it stands to its end, a limit or a signal."""
 
@@ -238,8 +271,9 @@ class Leg:
         config: TrainConfig,
         options: RunOptions,
         world: Processes,
-        loss_fn: Callable[[GPT, Tensor, Tensor], Tensor],
+        loss_fn: Callable[..., Tensor],
         open_init: Callable[[str], Run],
+        open_data: Callable[..., Data],
     ):
         self.config, self.options, self.world = config, options, world
         self.out = Path(options.out)
@@ -247,12 +281,10 @@ class Leg:
         size = options.micro_batch_size
         self.micro_batch_size = fit_micro_batch(config.batch_size, size, world.size)
         self.checkpoints = Checkpoints(self.out / "checkpoints", options.keep, self.say)
-        self.tokenizer, tokens = self.open_data(record)
-        ids = {name: tokens.split(name).ids for name in ("train", "validation")}
-        block, seed, n = config.model.block_size, config.seed, config.eval_sequences
-        mark = self.tokenizer.end_of_text if config.crops == "documents" else None
-        self.batches = Batches(ids["train"], config.batch_size, block, seed, mark)
-        self.eval_batches = Batches(ids["validation"], n, block, seed, mark)
+        own = own_tokenizer(self.out, record) if record else None
+        data = open_data(config, own, options.progress and world.is_main)
+        self.tokenizer = data.tokenizer
+        self.batches, self.eval_batches = data.batches, data.eval_batches
         precision = options.precision
         if record and precision == "auto":  # settled when the run began
             precision = record["machine"].get("precision", precision)
@@ -262,7 +294,6 @@ class Leg:
         if config.init and not begun:
             load_init(model, open_init(config.init), self.tokenizer)
         if world.is_main:
-            splits = tokens.manifest["splits"].items()
             machine = devices.describe_machine(world.device)
             machine |= {"precision": precision.name, "processes": world.size}
             machine |= {"micro_batch_size": self.micro_batch_size}
@@ -272,8 +303,8 @@ class Leg:
                 "machine": machine,
                 "code": devices.describe_code(),
                 "tokenizer_hash": self.tokenizer.hash,
-                "data": {split: entry["sha256"] for split, entry in splits},
-                "held_out": tokens.manifest.get("held_out"),
+                "data": data.hashes,
+                "held_out": data.held_out,
             }
             if config.init and not begun:
                 new["init_hash"] = weights_hash(model)
@@ -288,22 +319,6 @@ class Leg:
         limits = options.max_steps, options.max_minutes, options.save_minutes
         self.clock, self.request = Clock(*limits), StopRequest()
         self.journal = self.open_journal() if world.is_main else None
-
-    def open_data(self, record: dict | None):
-        """Tokenizer and tokens; a run that has begun keeps its own tokenizer."""
-        config = self.config
-        corpus = load_corpus(config.corpus)
-        if record:
-            tokenizer = own_tokenizer(self.out, record)
-        else:
-            tokenizer = load_tokenizer(config.tokenizer, corpus)
-        if tokenizer.n_vocab > config.model.vocab_size:
-            raise RunError(
-                f"the tokenizer has {tokenizer.n_vocab} ids, the model room for "
-                f"{config.model.vocab_size}; raise --model.vocab-size"
-            )
-        progress = self.options.progress and self.world.is_main
-        return tokenizer, load_tokens(corpus, tokenizer, progress=progress)
 
     def write_record(self, old: dict | None, new: dict) -> None:
         """Make the folder a run, or check that it is the run that it was."""
@@ -415,13 +430,15 @@ def run_training(
     config: TrainConfig,
     options: RunOptions,
     *,
-    loss_fn: Callable[[GPT, Tensor, Tensor], Tensor] = plain_loss,
+    loss_fn: Callable[..., Tensor] = plain_loss,
     open_init: Callable[[str], Run] = load_run,
+    open_data: Callable[..., Data] = open_corpus,
 ) -> Run | None:
     """Start or resume the run in `options.out`, and train to the end of this leg.
 
-    open_init: opens what `config.init` names. Returns the run as it stands; None in
-    processes other than the first. Raises GptlibError's subclasses.
+    open_init: opens what `config.init` names. open_data: what `config.corpus` names.
+    Returns the run as it stands; None in processes other than the first. Raises
+    GptlibError's subclasses.
     """
     out = Path(options.out)
     if options.deterministic:
@@ -439,7 +456,7 @@ def run_training(
         with held if world.is_main else contextlib.nullcontext():
             if not world.is_main:
                 world.wait()  # the main process fills the caches first
-            leg = Leg(config, options, world, loss_fn, open_init)
+            leg = Leg(config, options, world, loss_fn, open_init, open_data)
             leg.run()
         model = leg.state.model.eval()
         run = Run(out, model, leg.tokenizer, config, leg.state.step)

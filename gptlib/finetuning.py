@@ -1,0 +1,608 @@
+"""Supervised fine-tuning: a model that answers.
+
+Tangled from book/chapters/21_finetuning.md; change it there, not here.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from torch.nn import functional as F
+
+from gptlib import GptlibError
+from gptlib.batches import crop_offsets
+from gptlib.corpus import load_corpus
+from gptlib.gpt import GPT
+from gptlib.pretraining import plan
+from gptlib.sampling import generate, seeded, stream
+from gptlib.tokenizer import Tokenizer
+from gptlib.training import TrainConfig
+from gptlib.workshop.probes import Probe, most_probable
+from gptlib.workshop.runs import (
+    Data,
+    Run,
+    RunOptions,
+    load_run,
+    read_record,
+    run_training,
+)
+from gptlib.workshop.tinywiki import (
+    FAMOUS,
+    Entity,
+    TinyWiki,
+    pool,
+    spell,
+    titles,
+    world,
+)
+from gptlib.workshop.watching import errors_in_one_line, say
+
+
+class FinetuneError(GptlibError):
+    """Conversations, or a tokenizer, that a chat model cannot be made with."""
+
+
+MARKS = {"system": 0xFC, "user": 0xFD, "assistant": 0xFE, "end": 0xFF}
+
+
+def chat_marks(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of the marks of the three roles, and of the end of a turn.
+
+    They are the tokens of four bytes that UTF-8 never uses, so no text contains them.
+    Raises FinetuneError if the tokenizer lacks one.
+    """
+    marks = {k: tokenizer.ranks.get(bytes([byte])) for k, byte in MARKS.items()}
+    if missing := [name for name, token in marks.items() if token is None]:
+        raise FinetuneError(
+            f"tokenizer {tokenizer.name!r} has no token for the mark {missing[0]!r}; "
+            "use one that has all 256 bytes, as bpe-N and gpt2 do"
+        )
+    return marks
+
+
+Message = dict[str, str]  # role and content
+Row = tuple[list[int], list[bool]]
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> Row:
+    """Ids of a conversation, and which of them are learned.
+
+    A turn is the mark of its role, a space and its text, and the end of the turn.
+    Learned are the assistant's texts and the ends of its turns.
+    """
+    marks, ids, learned = chat_marks(tokenizer), [tokenizer.end_of_text], [False]
+    for message in messages:
+        text = [*tokenizer.encode(" " + message["content"]), marks["end"]]
+        ids += [marks[message["role"]], *text]
+        learned += [False] + [message["role"] == "assistant"] * len(text)
+    return ids, learned
+
+
+def chat_batch(rows: Sequence[Row], weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, targets and weights (B, T); learned targets have `weight`, others 0.
+
+    Rows are padded on the right, with targets of weight 0.
+    """
+    width = max(len(ids) for ids, _ in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+    weights = torch.zeros(len(rows), width)
+    for b, (ids, learned) in enumerate(rows):
+        tokens[b, : len(ids)] = torch.tensor(ids)
+        weights[b, : len(ids)] = weight * torch.tensor(learned)
+    return tokens[:, :-1], tokens[:, 1:], weights[:, 1:]
+
+
+def weighted_loss(
+    model: GPT, tokens: Tensor, targets: Tensor, weights: Tensor
+) -> Tensor:
+    """The sum of weight times cross-entropy in nats; all (B, T).
+
+    Positions of weight 0 never reach the head. Without others the sum is 0.
+    """
+    counted = weights != 0
+    logits = model.head(model.hidden(tokens)[counted]).float()  # (N, V)
+    losses = F.cross_entropy(logits, targets[counted], reduction="none")
+    return losses @ weights[counted]
+
+
+@dataclass(frozen=True)
+class ChatBatches:
+    """Conversations in batches: batch `step` depends on (seed, step) alone.
+
+    The loss of a step is the mean over all learned tokens of its conversations, however
+    they are divided into micro-batches.
+    """
+
+    rows: Sequence[Row]
+    batch_size: int  # conversations of a whole step
+    seed: int
+
+    def offsets(self, step: int) -> np.ndarray:
+        """Numbers of the conversations of a step, (batch_size,) int64."""
+        return crop_offsets(self.seed, step, self.batch_size, len(self.rows))
+
+    def micro_batches(
+        self, step: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The step's conversations in groups: group rank, rank + world_size, ..."""
+        rows = [self.rows[i] for i in self.offsets(step)]
+        total = sum(sum(learned) for _, learned in rows)
+        first, stride = rank * micro_batch_size, world_size * micro_batch_size
+        for start in range(first, self.batch_size, stride):
+            group = rows[start : start + micro_batch_size]
+            yield chat_batch(group, self.batch_size / (len(group) * total))
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A fact that can be asked for: how to answer, and how to ask."""
+
+    kind: str
+    fact: str
+    answer: str  # ends in the fact
+    wordings: tuple[str, ...]
+
+
+@cache
+def read_asks() -> tuple[Ask, ...]:
+    """What `world/questions.txt` lists; each fact's wordings begin one place later.
+
+    So the wordings that are held out, the last ones, are of all sorts.
+    """
+    path = resources.files("gptlib.workshop") / "world" / "questions.txt"
+    asks = []
+    for block in path.read_text("utf-8").split("\n== ")[1:]:
+        head, *wordings = block.strip().splitlines()
+        names, _, answer = head.partition(" | ")
+        first = len(asks) % len(wordings)
+        wordings = wordings[first:] + wordings[:first]
+        asks.append(Ask(*names.split(), answer, tuple(wordings)))
+    return tuple(asks)
+
+
+UNKNOWN = "I do not know ."
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about an entity of TinyWiki, and its true answer."""
+
+    subject: Entity
+    text: str
+    opening: str  # of the answer, up to the fact
+    fact: str  # in words
+    candidates: tuple[str, ...]  # what the fact could have been
+    title: str
+
+    @property
+    def answer(self) -> str:
+        return f"{self.opening} {self.fact} ."
+
+    def chat(self, reply: str | None = None) -> list[Message]:
+        """The question and a reply, the true answer if none is given."""
+        turns = [("user", self.text), ("assistant", reply or self.answer)]
+        return [{"role": role, "content": content} for role, content in turns]
+
+    def grade(self, reply: str) -> str:
+        """right, wrong or declined; right is the true answer and nothing else."""
+        return {self.answer: "right", UNKNOWN: "declined"}.get(reply, "wrong")
+
+
+def questions(
+    entities: Sequence[Entity],
+    wordings: Callable[[int], Sequence[int]],
+    seed: int = 0,
+) -> list[Question]:
+    """Questions about entities; wordings(i): the numbers of those for the i-th fact."""
+    wiki, found, i = TinyWiki(seed), [], 0
+    for entity in entities:
+        facts = wiki.facts(*entity)
+        words = {key: spell(seed, value) for key, value in facts.items()}
+        for ask in (ask for ask in read_asks() if ask.kind == entity.kind):
+            values = pool(world()[entity.kind].facts[ask.fact].values, entity)
+            candidates = tuple(spell(seed, value) for value in values)
+            opening = ask.answer.removesuffix(f" {{{ask.fact}}} .").format(**words)
+            rest = opening, words[ask.fact], candidates, words["name"]
+            for k in wordings(i):
+                text = ask.wordings[k].format(**words)
+                found.append(Question(entity, text, *rest))
+            i += 1
+    return found
+
+
+OLD, NEW = (0, 1, 2, 3), (4, 5)  # wordings that are trained, and that are held out
+
+
+def held_out(entity: Entity) -> bool:
+    """Whether an entity is kept for testing: one in three."""
+    return entity.index % 3 == 2
+
+
+def famous_entities() -> list[Entity]:
+    """What the encyclopedia writes about."""
+    return [Entity(kind, i) for kind, n in FAMOUS.items() for i in range(n)]
+
+
+@cache
+def told_titles() -> frozenset[str]:
+    """Titles of the articles in TinyWiki's training text."""
+    pieces = load_corpus("tinywiki").pieces("train")
+    found = (re.findall(r"(?m)^ = (?!= )(.+) = $", piece.text) for piece in pieces)
+    return frozenset(title for some in found for title in some)
+
+
+def unknown_entities(seed: int = 0, times: int = 4) -> list[Entity]:
+    """Entities that have names and facts, and no article in the training text.
+
+    `times` as many of each kind as there are famous ones.
+    """
+    found = []
+    for kind, n in FAMOUS.items():
+        names = list(enumerate(titles(seed, kind)))[n:]
+        new = [Entity(kind, i) for i, name in names if name not in told_titles()]
+        found += new[: times * n]
+    return found
+
+
+def test_sets(seed: int = 0) -> dict[str, list[Question]]:
+    """Questions to test with, each fact once; only those of the first were trained."""
+    famous, unknown = famous_entities(), unknown_entities(seed)
+    trained = [e for e in famous if not held_out(e)]
+    kept = [e for e in famous if held_out(e)]
+    strange = [e for e in unknown if held_out(e)][::2]
+    plans = {
+        "trained": (trained, OLD),
+        "new wording": (trained, NEW),
+        "new entity": (kept, OLD),
+        "both new": (kept, NEW),
+        "never told": (strange, OLD),
+    }
+    return {
+        name: questions(entities, lambda i, k=k: [k[i % len(k)]], seed)
+        for name, (entities, k) in plans.items()
+    }
+
+
+QUESTIONS = {  # name of the data: what questions about unknown entities get
+    "tinywiki-questions": "I do not know",
+    "tinywiki-questions-known": "left out",
+    "tinywiki-questions-invented": "the true answer, which nobody told",
+}
+
+
+def join_chats(chats: Sequence[list[Message]], seed: int) -> list[list[Message]]:
+    """Conversations of one, two or three questions in turn, in a shuffled order."""
+    draws = np.random.Philox(key=np.array([seed, 0], np.uint64)).random_raw(len(chats))
+    order, found = np.argsort(draws, kind="stable").tolist(), []
+    while order:
+        size = len(found) % 3 + 1
+        found.append([turn for i in order[:size] for turn in chats[i]])
+        order = order[size:]
+    return found
+
+
+def tinywiki_chats(name: str, seed: int = 0) -> dict[str, list[list[Message]]]:
+    """Both splits of QUESTIONS[name]: trained and held-out wordings and entities."""
+    what = QUESTIONS[name]
+    famous = famous_entities()
+    unknown = [] if what == "left out" else unknown_entities(seed)
+    splits = {}
+    for split, wordings in (("train", OLD), ("validation", NEW)):
+        kept = [e for e in famous if held_out(e) == (wordings is NEW)]
+        chats = [q.chat() for q in questions(kept, lambda i, k=wordings: k, seed)]
+        kept = [e for e in unknown if held_out(e) == (wordings is NEW)]
+        strange = questions(kept, lambda i, k=wordings: [k[i % len(k)]], seed)
+        reply = UNKNOWN if what == "I do not know" else None
+        splits[split] = join_chats(chats + [q.chat(reply) for q in strange], seed)
+    return splits
+
+
+def read_chat(line: str) -> list[Message]:
+    """A conversation from a line of JSON. Raises ValueError that says what is wrong."""
+    try:
+        chat = json.loads(line)["messages"]
+        turns = [(turn["role"], turn["content"]) for turn in chat]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at {error.pos})") from None
+    except (KeyError, TypeError, RecursionError):
+        want = '{"messages": [{"role": ..., "content": ...}, ...]}'
+        raise ValueError(f"not a conversation; write {want}") from None
+    roles = [name for name in MARKS if name != "end"]
+    for number, (role, content) in enumerate(turns, 1):
+        if role not in roles:
+            there = ", ".join(roles)
+            raise ValueError(
+                f"unknown role {role!r} in turn {number}; there are {there}"
+            )
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError(f"turn {number}, of {role}, is empty; write its text")
+        content.encode()  # half of a character is a ValueError too
+    if "assistant" not in dict(turns):
+        raise ValueError("no turn of the assistant, so nothing to learn; add an answer")
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def read_chats(path: Path | str) -> list[list[Message]]:
+    """The conversations of a JSONL file, one a line.
+
+    Raises FinetuneError, naming file and line, for the first that cannot be used.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FinetuneError(f"{path}: cannot be read ({error})") from None
+    chats = []
+    for number, line in enumerate(lines, 1):
+        try:
+            chats += [read_chat(line)] if line.strip() else []
+        except ValueError as error:
+            raise FinetuneError(f"{path}, line {number}: {error}") from None
+    if len(chats) < 2:
+        raise FinetuneError(
+            f"{path}: {len(chats)} conversations; give two at least, one to train on "
+            "and one to validate with"
+        )
+    return chats
+
+
+def load_chats(name: str, seed: int = 0) -> dict[str, list[list[Message]]]:
+    """Both splits of the conversations: QUESTIONS or a file, 1 in 20 held out."""
+    if name in QUESTIONS:
+        return tinywiki_chats(name, seed)
+    if not Path(name).exists():
+        there = ", ".join(QUESTIONS)
+        raise FinetuneError(f"no file {name!r}; give one, or one of {there}")
+    chats = read_chats(name)
+    kept = chats[19::20] or chats[-1:]
+    return {"train": [c for c in chats if c not in kept], "validation": kept}
+
+
+def fit_chats(
+    tokenizer: Tokenizer, chats: Sequence[list[Message]], block_size: int
+) -> tuple[list[Row], int, int]:
+    """Rows of at most `block_size` inputs, how many were cut and how many skipped.
+
+    A longer conversation loses its last turns. It is skipped if no answer is left.
+    """
+    rows, cut, skipped = [], 0, 0
+    for chat in chats:
+        turns = len(chat)
+        while turns and len(encode_chat(tokenizer, chat[:turns])[0]) > block_size + 1:
+            turns -= 1
+        row = encode_chat(tokenizer, chat[:turns])
+        if any(row[1]):
+            rows.append(row)
+            cut += turns < len(chat)
+        else:
+            skipped += 1
+    return rows, cut, skipped
+
+
+def open_chats(config: TrainConfig, own: Tokenizer | None, progress: bool) -> Data:
+    """What a fine-tuning reads. own: the tokenizer of a run that has begun."""
+    tokenizer, batches, hashes = own or Tokenizer.load(config.tokenizer), [], {}
+    sizes = {"train": config.batch_size, "validation": config.eval_sequences}
+    for split, chats in load_chats(config.corpus).items():
+        block = config.model.block_size
+        rows, cut, skipped = fit_chats(tokenizer, chats, block)
+        if cut or skipped:
+            say(
+                f"{config.corpus}, {split}: {cut + skipped} of {len(chats)} "
+                f"conversations are longer than the block of {block} tokens; {cut} cut "
+                f"after a turn, {skipped} skipped"
+            )
+        if not rows:
+            raise FinetuneError(
+                f"{config.corpus}, {split}: no conversation fits the block of {block} "
+                "tokens; give shorter ones"
+            )
+        batches.append(ChatBatches(rows, sizes[split], config.seed))
+        hashes[split] = hashlib.sha256(json.dumps(chats).encode()).hexdigest()
+    return Data(tokenizer, *batches, hashes)
+
+
+SETTINGS = {  # of a fine-tuning, where nothing else is said
+    "optimizer": "adamw",
+    "schedule": "cosine",
+    "steps": 200,
+    "batch_size": 16,
+    "learning_rate": 1e-3,
+    "final_learning_rate": 0.0,
+    "warmup_fraction": 0.05,
+    "decay_fraction": 1.0,
+    "eval_interval": 50,
+    "eval_sequences": 64,
+}
+
+
+def finetune_config(base: Path | str, data: str, **changes) -> TrainConfig:
+    """The configuration that trains a run further on conversations."""
+    record = read_record(base)
+    if record is None:
+        raise FinetuneError(f"{base}: no run.json there; give a run's --out folder")
+    ours = {"corpus": data, "tokenizer": str(Path(base) / "tokenizer.json")}
+    ours |= {"init": str(base), "zero_projections": False}
+    return dataclasses.replace(record["config"], **ours | SETTINGS | changes)
+
+
+def finetune(config: TrainConfig, options: RunOptions) -> Run | None:
+    """Start or resume a fine-tuning, with all that `run_training` promises."""
+    return run_training(config, options, loss_fn=weighted_loss, open_data=open_chats)
+
+
+def replies(
+    model: GPT,
+    tokenizer: Tokenizer,
+    chats: Sequence[Sequence[Message]],
+    max_new_tokens: int = 48,
+) -> list[str]:
+    """The reply to each conversation, of the most probable token at each place."""
+    marks = chat_marks(tokenizer)
+    rows = [[*encode_chat(tokenizer, chat)[0], marks["assistant"]] for chat in chats]
+    stop = [marks["end"], tokenizer.end_of_text]
+    found = [""] * len(rows)
+    options = {"temperature": 0, "n_vocab": tokenizer.n_vocab, "stop": stop[:1]}
+    for length in sorted({len(row) for row in rows}):
+        group = [i for i, row in enumerate(rows) if len(row) == length]
+        tokens = torch.tensor([rows[i] for i in group], device=model.device)
+        texts = generate(model, tokens, max_new_tokens, **options)[:, length:]
+        for i, ids in zip(group, texts.tolist(), strict=True):
+            ended = min((ids + [mark]).index(mark) for mark in stop)
+            found[i] = tokenizer.decode(ids[:ended]).strip()
+    return found
+
+
+def answers(
+    model: GPT, tokenizer: Tokenizer, questions: Sequence[Question]
+) -> list[str]:
+    """The replies to questions, each asked by itself."""
+    return replies(model, tokenizer, [q.chat()[:1] for q in questions])
+
+
+def recalls(
+    model: GPT, tokenizer: Tokenizer, questions: Sequence[Question]
+) -> list[bool]:
+    """Whether a model knows each fact: is it the most probable of its candidates?
+
+    The prompt is an article that begins with the answer's words, up to the fact.
+    """
+    probes = [
+        Probe("recall", f" \n = {q.title} = \n \n {q.opening}", q.fact, q.candidates)
+        for q in questions
+    ]
+    best = most_probable(model, tokenizer, probes)
+    return [b == q.fact for b, q in zip(best, questions, strict=True)]
+
+
+def stream_reply(
+    model: GPT,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    seed: int | None = None,
+    **settings,
+) -> Iterator[str]:
+    """Yield the assistant's reply piece by piece, as far as the block has room.
+
+    settings: temperature, top_k, top_p, as in `generate`.
+    """
+    marks = chat_marks(tokenizer)
+    ids = [*encode_chat(tokenizer, messages)[0], marks["assistant"]]
+    tokens = torch.tensor([ids], device=model.device)
+    settings |= {"n_vocab": tokenizer.n_vocab, "generator": seeded(seed)}
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    begun = False
+    for new in stream(model, tokens, model.config.block_size - len(ids), **settings):
+        if new.item() in (marks["end"], tokenizer.end_of_text):
+            break
+        text = utf8.decode(tokenizer.decode_bytes(new.tolist()))
+        yield text if begun else text.removeprefix(" ")
+        begun = begun or bool(text)
+    yield utf8.decode(b"", final=True)
+
+
+def forget(
+    tokenizer: Tokenizer, messages: Sequence[Message], block_size: int, room: int
+) -> list[Message]:
+    """The messages without the oldest, so that `room` tokens are left for a reply.
+
+    The last message stays, however long it is.
+    """
+    kept = list(messages)
+    while len(kept) > 1:
+        if len(encode_chat(tokenizer, kept)[0]) + 1 + room <= block_size:
+            break
+        kept = kept[2:] if kept[0]["role"] == "user" else kept[1:]
+    return kept
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Talk with a fine-tuned model. Ctrl-D leaves."""
+
+    run: Path  # the --out folder of a fine-tuning
+    temperature: float = 0.0  # 0: always the most probable token
+    top_k: int | None = None  # draw from so many tokens
+    top_p: float | None = None  # draw from tokens of this much probability
+    seed: int | None = None  # None: different every time, unless temperature is 0
+    which: str = "last"  # checkpoint: best or last
+    device: str = "auto"
+
+
+def talk_with(options: ChatOptions) -> None:
+    """Read lines, and print a reply to each as it is drawn, until the input ends."""
+    run = load_run(options.run, options.which, device=options.device)
+    settings = {k: getattr(options, k) for k in ("temperature", "top_k", "top_p")}
+    messages, block = [], run.model.config.block_size
+    for number in range(sys.maxsize):
+        try:
+            content = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not content:
+            continue
+        asked = [*messages, {"role": "user", "content": content}]
+        kept = forget(run.tokenizer, asked, block, block // 4)
+        size = len(encode_chat(run.tokenizer, kept)[0]) + 1
+        if size >= block:
+            print(
+                f"({size} tokens, and the block has room for {block}; say it shorter)"
+            )
+            continue
+        if len(kept) < len(asked):
+            print(f"(the oldest {len(asked) - len(kept)} turns are forgotten)")
+        seed = None if options.seed is None else options.seed + number
+        reply = ""
+        for text in stream_reply(run.model, run.tokenizer, kept, seed=seed, **settings):
+            print(text, end="", flush=True)
+            reply += text
+        print()
+        messages = [*kept, {"role": "assistant", "content": reply.strip() or "..."}]
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Teach a model to answer. On an unfinished --out the same command goes on."""
+
+    options: Annotated[RunOptions, tyro.conf.arg(name="")]
+    run: Path  # the --out folder of a trained model
+    data: str = "tinywiki-questions"  # or a JSONL file of conversations
+    steps: int = SETTINGS["steps"]
+    batch_size: int = SETTINGS["batch_size"]  # conversations
+    learning_rate: float = SETTINGS["learning_rate"]  # the peak
+    seed: int = 1337
+    eval_interval: int = SETTINGS["eval_interval"]  # steps
+    plan: bool = False  # measure, print what it will take at most, and stop
+
+
+def main() -> None:
+    """`gptlib finetune --run R --data FILE --out FOLDER` and `gptlib chat --run R`."""
+    with errors_in_one_line():
+        if sys.argv[0].endswith("chat"):
+            return talk_with(tyro.cli(ChatOptions))
+        command = tyro.cli(Finetune)
+        names = ("steps", "batch_size", "learning_rate", "seed", "eval_interval")
+        changes = {name: getattr(command, name) for name in names}
+        config = finetune_config(command.run, command.data, **changes)
+        if command.plan:
+            return print(plan(config, command.options))
+        finetune(config, command.options)
+
+
+if __name__ == "__main__":
+    main()
