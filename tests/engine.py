@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from gptlib import training
-from gptlib.gpt import GPTConfig
+from gptlib.gpt import GPT, GPTConfig
 from gptlib.tokenizer import Tokenizer, train_bpe
 from gptlib.training import TrainConfig
 from gptlib.workshop import watching
@@ -34,6 +34,17 @@ posix = pytest.mark.skipif(
     os.name != "posix", reason="needs POSIX signals and processes"
 )
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=320)
+BYTES = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})
+
+
+def model_of(**options) -> GPT:
+    """A model for the tokenizer BYTES, with weights large enough to make a choice."""
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}
+    model = GPT(GPTConfig(**{"vocab_size": 264} | shape | options)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from engine import BYTES, model_of
 
 from gptlib.corpus import load_corpus
 from gptlib.evaluation import (
@@ -21,27 +22,11 @@ from gptlib.evaluation import (
     windows,
 )
 from gptlib.gpt import GPT, GPTConfig
-from gptlib.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from gptlib.tokenizer import TokenizerError, load_tokenizer
 from gptlib.workshop.token_files import TokenSplit, load_tokens
 
 
 WIKITEXT = "wikitext-sample:wikitext-103-raw-v1"
-BYTES = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})
-
-
-def model_of(**options) -> GPT:
-    torch.manual_seed(0)
-    shape = {
-        "n_layer": 2,
-        "n_head": 2,
-        "n_embd": 16,
-        "block_size": 16,
-        "vocab_size": 264,
-    }
-    model = GPT(GPTConfig(**shape | options)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
 
 
 def split_of(texts: list[str], **record) -> TokenSplit:

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from engine import BYTES, model_of
 
 from gptlib.gpt import GPT, GPTConfig
-from gptlib.tokenizer import Tokenizer
 from gptlib.workshop import probes as module
 from gptlib.workshop.probes import (
     Probe,
@@ -26,24 +26,6 @@ from gptlib.workshop.probes import (
     wilson,
 )
 from gptlib.workshop.tinywiki import Entity, TinyWiki, know, spell
-
-
-BYTES = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})
-
-
-def model_of(**options) -> GPT:
-    torch.manual_seed(0)
-    shape = {
-        "n_layer": 2,
-        "n_head": 2,
-        "n_embd": 16,
-        "block_size": 16,
-        "vocab_size": 264,
-    }
-    model = GPT(GPTConfig(**shape | options)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
 
 
 @pytest.fixture(scope="module")

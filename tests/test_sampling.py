@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from engine import BYTES
 
 from gptlib.gpt import GPT, GPTConfig
 from gptlib.sampling import (
@@ -18,7 +19,6 @@ from gptlib.sampling import (
     stream_text,
     window_start,
 )
-from gptlib.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,6 @@ def test_dropout_is_off_and_the_mode_comes_back():
 
 # Text
 
-BYTES = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})
 PROMPTS = ["", "a", "two words", "é", "b", "longer than the block of sixteen", "snow ❄"]
 
 

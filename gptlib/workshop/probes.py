@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,13 @@ import tyro
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from gptlib import GptlibError
 from gptlib.gpt import GPT
 from gptlib.sampling import generate
 from gptlib.tokenizer import Tokenizer
 from gptlib.workshop.files import write_whole
 from gptlib.workshop.runs import load_run
 from gptlib.workshop.tinywiki import Entity, TinyWiki, pool, spell, world
+from gptlib.workshop.watching import errors_in_one_line
 
 
 @dataclass(frozen=True)
@@ -294,11 +293,8 @@ def probe_run(options: ProbeOptions, *, progress: bool = True) -> list[ProbeResu
 
 def main() -> None:
     """`gptlib probe --run RUN`."""
-    options = tyro.cli(ProbeOptions)
-    try:
-        print("\n".join(map(str, probe_run(options))))
-    except GptlibError as error:
-        sys.exit(f"gptlib: {error}")
+    with errors_in_one_line():
+        print("\n".join(map(str, probe_run(tyro.cli(ProbeOptions)))))
 
 
 if __name__ == "__main__":

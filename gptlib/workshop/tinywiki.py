@@ -183,6 +183,9 @@ def agree_on_people(seed: int, entity: Entity, facts: dict, sizes: dict) -> None
     if entity.famous:
         job, town = index % len(jobs), births[index]
         friend = friends[friends.index(index) ^ 1]
+        if facts.get("home") == Entity("town", town):  # lives in another one
+            other = (town + 1 + draws.below(n - 1)) % n
+            facts["home"] = Entity("town", other)
     facts |= {"town": Entity("town", town), "friend": Entity("person", friend)}
     sizes |= {"town": n, "friend": n - entity.famous, "job": len(jobs)}
     facts["job"] = jobs[job]
