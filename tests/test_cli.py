@@ -1,5 +1,6 @@
 """The commands of the README, and one clear line for each kind of bad input."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -251,8 +252,47 @@ def test_an_unknown_command_is_one_line(tmp_path):
 
 def test_help_shows_the_defaults_of_the_preset(tmp_path):
     for preset, rate in (("demo", "0.01"), ("tinytiny", "0.0006")):
-        shown = command(tmp_path, "pretrain", "--preset", preset, "--help").stdout
-        assert rate in shown and preset in shown
+        for given in (["--preset", preset], [f"--preset={preset}"]):
+            shown = command(tmp_path, "pretrain", *given, "--help-settings").stdout
+            assert f"--learning-rate {rate} " in shown
+    one_line(command(tmp_path, "plan", "--preset", "no", "--help"), "'no'", "demo")
+
+
+def test_help_on_each_command_is_one_screen_and_needs_no_torch(tmp_path):
+    """Every option, its real default, at most 40 lines of 80 characters."""
+    import dataclasses
+
+    from gptlib.workshop import command as module
+
+    code = "import sys, gptlib.workshop.command as c; sys.argv = ['gptlib', {!r}, {!r}]"
+    code += "; c.main(); print('torch' in sys.modules)"
+    for topic, classes in module.HELP.items():
+        asked = (topic, "--help")
+        if topic == "settings":
+            asked = ("pretrain", "--help-settings")
+        program = [sys.executable, "-c", code.format(*asked)]
+        done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path)
+        *lines, last = done.stdout.splitlines()
+        assert last == "False" and len(lines) <= 40, done.stderr
+        assert all(len(line) <= 80 for line in lines)
+        for path in classes:
+            home, name = path.rsplit(".", 1)
+            made = getattr(importlib.import_module(f"gptlib.{home}"), name)
+            for field in dataclasses.fields(made):
+                default = field.default
+                if path == "pretraining.Pretrain" and field.name in ("run", "config"):
+                    continue
+                if field.name == "model":
+                    continue
+                flag = field.name.replace("_", "-")
+                flag = "model." + flag if name == "GPTConfig" else flag
+                flag = "no-" + flag if default is True else flag
+                (line,) = (s for s in lines if s.startswith(f"  --{flag} "))
+                if default is dataclasses.MISSING:
+                    assert line.endswith("(required)")
+                elif not isinstance(default, bool | None) and default != "":
+                    shown = type(default)(line.split()[1])
+                    assert shown == default, line
 
 
 def test_sample_by_command_equals_sample_by_library(place):

@@ -5,8 +5,10 @@ Tangled from book/workshop/W11_command.md; change it there, not here.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +56,79 @@ def sample(options: SampleOptions) -> None:
         print()
 
 
+HELP = {  # topic: the classes whose fields are its options
+    "pretrain": ("pretraining.Pretrain", "workshop.runs.RunOptions"),
+    "plan": ("pretraining.Pretrain", "workshop.runs.RunOptions"),
+    "settings": ("training.TrainConfig", "gpt.GPTConfig"),
+    "sample": ("workshop.command.SampleOptions",),
+    "evaluate": ("evaluation.EvaluationOptions",),
+    "probe": ("workshop.probes.ProbeOptions",),
+    "export": ("exchange.Export",),
+    "import": ("exchange.Import",),
+    "benchmark": ("workshop.benchmark.BenchmarkOptions",),
+}
+
+
+def source(module: str) -> str:
+    """The text of a module of gptlib."""
+    path = Path(__file__).parents[1] / (module.replace(".", "/") + ".py")
+    return path.read_text(encoding="utf-8")
+
+
+def preset_values(name: str) -> dict[str, str]:
+    """What a preset gives to settings of the run and of its model, as it is written."""
+    tree = ast.parse(source("training"))
+    (presets,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRESETS"
+    )
+    known = dict(zip(map(ast.literal_eval, presets.keys), presets.values))
+    if name not in known:
+        sys.exit(f"gptlib: unknown preset {name!r}; there are {', '.join(known)}")
+    calls = [node for node in ast.walk(known[name]) if isinstance(node, ast.Call)]
+    return {key.arg: ast.unparse(key.value) for call in calls for key in call.keywords}
+
+
+def option_lines(path: str, given: dict[str, str]) -> Iterator[str]:
+    """What a class is for, then a line for each of its fields that is an option."""
+    module, _, name = path.rpartition(".")
+    text, prefix = source(module), "model." * (name == "GPTConfig")
+    classes = [n for n in ast.parse(text).body if isinstance(n, ast.ClassDef)]
+    (found,) = (n for n in classes if n.name == name)
+    yield f"\n{(ast.get_docstring(found) or '').splitlines()[0]}\n"
+    for field in found.body:
+        if not isinstance(field, ast.AnnAssign):
+            continue
+        name, kind = ast.unparse(field.target), ast.unparse(field.annotation)
+        if kind == "GPTConfig" or "arg(" in kind:  # its fields are options themselves
+            continue
+        value = given.get(name, ast.unparse(field.value) if field.value else "None")
+        comment = text.splitlines()[field.end_lineno - 1].partition("  # ")[2]
+        comment += " (required)" * (field.value is None)
+        if kind == "bool":
+            name, value = "no_" * (value == "True") + name, ""
+        if value in ("None", "''"):
+            value = kind.split(" ")[0].upper()
+        flag = "--" + prefix + name.replace("_", "-") + " " + value.strip("'")
+        yield f"  {flag:28} {comment}".rstrip()
+
+
+def help_on(topic: str, arguments: list[str]) -> str:
+    """The options of a command, each with its default in place of a value."""
+    words = " ".join(arguments).replace("=", " ").split(" ")
+    preset = words[words.index("--preset") + 1] if "--preset" in words else "tinytiny"
+    run, given = topic in ("pretrain", "plan", "settings"), {}
+    lines = [f"usage: gptlib {'pretrain' if topic == 'settings' else topic} [OPTIONS]"]
+    if run:
+        given = preset_values(preset) | {"preset": preset}
+    for path in HELP[topic]:
+        lines += option_lines(path, given)
+    if run and topic != "settings":
+        lines += ["\nModel and training, with the preset's values: --help-settings"]
+    return "\n".join(lines)
+
+
 def overview() -> str:
     """What `gptlib --help` says."""
     lines = [f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()]
@@ -66,6 +141,9 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         return print(overview())
+    for topic, asked in ((name, ("-h", "--help")), ("settings", ("--help-settings",))):
+        if name in HELP and not set(asked).isdisjoint(sys.argv):
+            return print(help_on(topic, sys.argv[2:]))
     if name == "--version":
         return print(f"gptlib {importlib.import_module('gptlib').__version__}")
     if name not in COMMANDS:

@@ -62,16 +62,16 @@ class RunOptions:
     """How and where a run is carried out; not meant to change what it learns."""
 
     out: Path  # folder of the run
-    device: str = "auto"
-    precision: str = "auto"
-    micro_batch_size: int = 12  # most sequences per forward pass; bounds the memory
+    device: str = "auto"  # or cpu, cuda, cuda:N, mps
+    precision: str = "auto"  # or fp32, bf16, fp16
+    micro_batch_size: int = 12  # most sequences per forward pass; bounds memory
     max_steps: int | None = None  # stop this leg after so many steps
     max_minutes: float | None = None  # stop this leg after so many minutes
-    save_minutes: float = 10.0  # between checkpoints; each evaluation saves one too
+    save_minutes: float = 10.0  # between checkpoints; an evaluation saves one too
     keep: int = 2  # checkpoints kept besides the best
-    log: str = "none"  # or tensorboard, wandb
+    log: str = "none"  # none, tensorboard or wandb
     deterministic: bool = False  # deterministic CUDA kernels; the CPU's are anyway
-    progress: bool = True
+    progress: bool = True  # a bar
 
     def __post_init__(self):
         limits = {"micro_batch_size": 1, "max_steps": 1, "keep": 1}
