@@ -4,6 +4,7 @@ Above all: that nothing a reader wrote is lost.
 """
 # ruff: noqa: E501
 
+import ast
 import json
 import os
 import re
@@ -505,3 +506,38 @@ def test_every_notebook_has_its_outputs():
         code = [c for c in cells if c["cell_type"] == "code" and c["source"]]
         assert all(c["execution_count"] for c in code), path.name
         assert sum(bool(c["outputs"]) for c in code) >= len(code) // 4, path.name
+
+
+def test_the_tools_use_gptlib_as_it_is():
+    """Imports inside functions, too: they are found only when somebody runs them."""
+    from importlib import import_module
+
+    for path in sorted((ROOT / "tools").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "")[:6] == "gptlib":
+                home = import_module(node.module)
+                missing = [a.name for a in node.names if not hasattr(home, a.name)]
+                assert not missing, f"{path.name}: {node.module} has no {missing}"
+
+
+def test_the_candidates_of_the_ablations_are_configurations(tmp_path):
+    import ablations
+
+    for candidates, seeds in ablations.GROUPS.values():
+        for changes in candidates.values():
+            config = ablations.config_of(changes, seeds[0], tmp_path / "tokenizer.json")
+            trapezoid = "cooldown_fraction" in changes
+            assert config.schedule == ("trapezoid" if trapezoid else "cosine")
+
+
+def test_an_ablation_that_was_done_is_found_in_the_ledger(tmp_path, monkeypatch):
+    import ablations
+
+    monkeypatch.setattr(ablations, "own_tokenizer", lambda: tmp_path / "tokenizer.json")
+    done, added = ablations.rows(), []
+    monkeypatch.setattr(ablations, "add", added.append)
+    for group, (candidates, seeds) in ablations.GROUPS.items():
+        for name in candidates:
+            ablations.start(group, name, seeds[0])
+            assert added[-1]["name"] == name and added[-1]["seed"] == seeds[0]
+            assert any(row | {"name": name} == added[-1] for row in done)

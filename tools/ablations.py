@@ -29,7 +29,7 @@ ADAMW, MUON = (
 )  # the best rates of the group `rates`, at the report's schedule
 REPORT = {"warmup_fraction": 800 / 3400, "decay_fraction": 6000 / 3400}
 WARM, WHOLE = {"warmup_fraction": 0.05}, {"decay_fraction": 1.0}
-TRAPEZOID = {"cooldown_fraction": 0.5}
+TRAPEZOID = {"schedule": "trapezoid", "cooldown_fraction": 0.5}
 MUON_ON = {"optimizer": "muon", "learning_rate": MUON}
 ALL = (
     WARM | TRAPEZOID | MUON_ON | {"final_learning_rate": 0.0, "zero_projections": True}
@@ -104,8 +104,9 @@ def config_of(changes: dict, seed: int, tokenizer: Path):
 
 def own_tokenizer() -> Path:
     """A tokenizer of 2,048 tokens from the first 200 pieces of the books, once."""
-    from gptlib.corpus import cache_dir, load_corpus
+    from gptlib.corpus import load_corpus
     from gptlib.tokenizer import Tokenizer, train_bpe
+    from gptlib.workshop.files import cache_dir
 
     path = cache_dir() / "ablations" / "tokenizer.json"
     if not path.exists():
@@ -120,9 +121,9 @@ def own_tokenizer() -> Path:
 
 def run_one(name: str, changes: dict, seed: int) -> dict:
     """Train one candidate and give its line of the ledger."""
-    from gptlib.batches import load_tokens
     from gptlib.evaluation import token_losses
-    from gptlib.training import RunOptions, run_training
+    from gptlib.workshop.runs import RunOptions, run_training
+    from gptlib.workshop.token_files import load_tokens
     from gptlib.workshop.watching import read_rows
 
     config = config_of(changes, seed, own_tokenizer())
@@ -164,13 +165,10 @@ def add(row: dict) -> None:
 
 def start(group: str, name: str, seed: int) -> None:
     """Run a candidate in a process of its own and add its line to the ledger."""
-    wanted = dataclasses.asdict(
-        config_of(GROUPS[group][0][name], seed, own_tokenizer())
-    )
-    for (
-        row
-    ) in rows():  # a run is a function of its configuration: no need to do one twice
-        if row["config"] == wanted | {"tokenizer": row["config"]["tokenizer"]}:
+    wanted = config_of(GROUPS[group][0][name], seed, own_tokenizer())
+    for row in rows():  # a run is a function of its configuration: done once is enough
+        done = type(wanted).from_dict(row["config"])
+        if dataclasses.replace(done, tokenizer=wanted.tokenizer) == wanted:
             return add(row | {"name": name})
     command = [sys.executable, __file__, group, name, str(seed)]
     threads = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
