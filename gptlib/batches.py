@@ -97,9 +97,10 @@ def to_device(pairs: Iterable[Pair], device: torch.device) -> Iterator[Pair]:
     """
 
     def move(pair: Pair) -> Pair:
+        x, y = pair
         if device.type == "cuda":
-            pair = tuple(t.pin_memory() for t in pair)
-        return tuple(t.to(device, non_blocking=True) for t in pair)
+            x, y = x.pin_memory(), y.pin_memory()
+        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
     ahead = None
     for pair in map(move, pairs):

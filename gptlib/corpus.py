@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -82,7 +82,7 @@ class Corpus:
     def __init__(
         self,
         name: str,
-        readers: dict[str, Reader] | Callable[[], dict[str, Reader]],
+        readers: Mapping[str, Reader] | Callable[[], Mapping[str, Reader]],
         *,
         key: str = "",
         hold_out: bool = False,
@@ -252,7 +252,7 @@ def has_network(timeout: float = 2.0) -> bool:
     hub = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     proxies = getproxies()
     proxy = proxies.get("https") or proxies.get("all")
-    if proxy and not proxy_bypass(hub.hostname):
+    if proxy and not proxy_bypass(hub.hostname or ""):
         hub = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     port = hub.port or (443 if hub.scheme == "https" else 80)
     try:
@@ -284,7 +284,7 @@ def load_corpus(name: str) -> Corpus:
         return _tinywiki()
     folder, _, config = name.rpartition(":")  # the last: C:\text.txt has a colon too
     roots = [Path(), Path(os.environ.get("GPTLIB_DATA") or ".")]
-    places = [(root / name, None) for root in roots]
+    places = [(root / name, "") for root in roots]
     places += [(root / folder, config) for root in roots if folder and config]
     for path, config in places:
         if path.is_file():
@@ -292,7 +292,7 @@ def load_corpus(name: str) -> Corpus:
         if path.is_dir():
             key = _key(name, sorted(p for p in path.rglob("*") if p.is_file()))
             cache = cache_dir() / "datasets" / key
-            readers = partial(read_dataset, name, str(path), config, cache)
+            readers = partial(read_dataset, name, str(path), config or None, cache)
             return Corpus(name, readers, key=key, hold_out=True)
     if name in HUB:
         return Corpus(name, partial(read_hub, name), hold_out=True)

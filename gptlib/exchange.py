@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -227,7 +227,7 @@ def export_run(run: Run, out: Path | str, *, dtype: str = "fp32") -> Path:
     weights = to_gpt2_weights(run.model, n_vocab)
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
     with new_folder(out) as scratch:
-        theirs = GPT2LMHeadModel(gpt2_config(run.model.config, n_vocab, end))
+        theirs: Any = GPT2LMHeadModel(gpt2_config(run.model.config, n_vocab, end))
         theirs.load_state_dict(weights)
         theirs.to(DTYPES[dtype]).save_pretrained(scratch)
         fast = to_fast_tokenizer(run.tokenizer, run.model.config.block_size)
@@ -306,11 +306,12 @@ def our_config(theirs: dict, *, vocab_size: int | None = None) -> GPTConfig:
 
     Raises ExchangeError, naming the feature, for what GPT-2 has not.
     """
-    get = {"activation_function": "gelu_new", "n_inner": None, **theirs}.get
+    theirs = {"activation_function": "gelu_new", "n_inner": None, **theirs}
+    get = theirs.get
     width = get("n_embd", 768)
     ours = {name: key for key, name in ACTIVATION_NAMES.items()}
     ours["gelu_pytorch_tanh"] = "gelu_tanh"
-    allowed = {key: (value,) for key, value in PLAIN.items()}
+    allowed: dict[str, tuple] = {key: (value,) for key, value in PLAIN.items()}
     allowed |= {"n_inner": (None, 4 * width), "activation_function": tuple(ours)}
     for key, values in allowed.items():
         # what a file leaves out is as in GPT-2, but for its kind
@@ -328,7 +329,7 @@ def our_config(theirs: dict, *, vocab_size: int | None = None) -> GPTConfig:
         bias=True,
         vocab_size=vocab_size or get("vocab_size", 50257),
         dropout=0.0,
-        activation=ours[get("activation_function")],
+        activation=ours[theirs["activation_function"]],
     )
 
 
@@ -423,12 +424,13 @@ def import_model(source: str) -> tuple[GPT, Tokenizer]:
             f"{config.vocab_size}; they do not belong together"
         )
     try:
-        theirs, told = GPT2LMHeadModel.from_pretrained(
+        loaded: Any = GPT2LMHeadModel.from_pretrained(
             source,
             dtype=torch.float32,
             output_loading_info=True,
             local_files_only=Path(source).is_dir() or not has_network(),
         )
+        theirs, told = loaded
     except Exception as error:  # whatever its readers raise for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExchangeError(

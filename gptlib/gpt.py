@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,8 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)  # also the output head
         self.wpe = nn.Embedding(c.block_size, c.n_embd)
         self.drop = nn.Dropout(c.dropout)
-        options = {"bias": c.bias, "dropout": c.dropout, "activation": c.activation}
+        options: dict[str, Any] = {"bias": c.bias, "dropout": c.dropout}
+        options["activation"] = c.activation
         blocks = (Block(c.n_embd, c.n_head, **options) for _ in range(c.n_layer))
         self.h = nn.ModuleList(blocks)
         self.ln_f = nn.LayerNorm(c.n_embd, bias=c.bias)

@@ -116,13 +116,18 @@ def make_muon(
     Both take the same rate, 0 at first, which is set before every step.
     Sources: Jordan et al. 2024; Liu et al. 2025 (the scale).
     """
-    inner = [p for p in model.h.parameters() if p.dim() == 2]
+    inner = [p for p in model.get_submodule("h").parameters() if p.dim() == 2]
     taken = {id(p) for p in inner}
     groups = parameter_groups(model, weight_decay)
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in taken]
-    options = {"momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
-    muon = torch.optim.Muon(inner, lr=0.0, weight_decay=weight_decay, **options)
+    muon = torch.optim.Muon(
+        inner,
+        lr=0.0,
+        weight_decay=weight_decay,
+        momentum=0.95,
+        adjust_lr_fn="match_rms_adamw",
+    )
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
     return CombinedOptimizer(muon, adamw)
 

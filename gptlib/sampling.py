@@ -79,14 +79,16 @@ def draw(
     else:
         sources = [(1, g) for g in generator]
     darts = [
-        torch.rand(n, 1, generator=g, dtype=torch.float64, device=g and g.device)
+        torch.rand(
+            n, 1, generator=g, dtype=torch.float64, device=g.device if g else None
+        )
         for n, g in sources
     ]
     if probs.device.type == "mps":  # it has no float64
         probs = probs.cpu()
     ends = probs.double().cumsum(-1)  # (B, V): where each token's piece ends
-    darts = torch.cat(darts).to(ends.device) * ends[:, -1:]  # (B, 1)
-    ids = torch.searchsorted(ends, darts, right=True)
+    places = torch.cat(darts).to(ends.device) * ends[:, -1:]  # (B, 1)
+    ids = torch.searchsorted(ends, places, right=True)
     # should rounding put a dart on the very end: the last piece that has a width
     return torch.minimum(ids, torch.searchsorted(ends, ends[:, -1:].contiguous()))
 

@@ -79,6 +79,7 @@ def is_trusted(
     what: str,
     compiled: Callable[[], Sequence[Tensor]],
     plain: Callable[[], Sequence[Tensor]],
+    *,
     tolerance: float,
 ) -> bool:
     """Whether compiled code gives the plain code's values and gradients on an example.
@@ -235,8 +236,7 @@ def compiled_hidden(device: torch.device) -> Callable[[GPT, Tensor], Tensor]:
     compiled = compile_apart(GPT.hidden)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        shape = {"n_layer": 1, "n_head": 2, "n_embd": 64, "block_size": 32}
-        model = GPT(GPTConfig(**shape, vocab_size=203))
+        model = GPT(GPTConfig(1, 2, 64, 32, vocab_size=203))
     model, tokens = model.to(device), torch.arange(64, device=device).view(2, 32)
 
     def results(hidden: Callable) -> list[Tensor]:
@@ -296,6 +296,9 @@ def compiled_products(shape: torch.Size, dtype: torch.dtype) -> Callable | None:
 
 class OneRowLinear(nn.Module):
     """A Linear without gradients that is quick for a single row on a CPU."""
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         super().__init__()

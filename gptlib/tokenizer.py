@@ -233,7 +233,7 @@ class Tokenizer:
     @cached_property
     def _content(self) -> dict:
         """All that decides the ids. Tokens as Latin-1: one character for each byte."""
-        tokens = sorted(self.ranks, key=self.ranks.get)
+        tokens = sorted(self.ranks, key=self.ranks.__getitem__)
         if [self.ranks[token] for token in tokens] != list(range(len(tokens))):
             raise TokenizerError(
                 f"{self.name}: ranks have gaps; number the tokens from 0 upwards"

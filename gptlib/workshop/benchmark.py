@@ -169,8 +169,8 @@ def measure_here(name: str, options: BenchmarkOptions) -> dict:
     precision = pick_precision(device, variant.precision)
     torch.manual_seed(0)
     if variant.loss_fn:
-        sizes = ("micro_batch_size", "micro_batches", "steps")
-        sizes = {size: getattr(options, size) for size in sizes}
+        names = ("micro_batch_size", "micro_batches", "steps")
+        sizes = {name: getattr(options, name) for name in names}
         rate = training_rate(config, variant.loss_fn, precision, device, **sizes)
         peak = peak_flops(device, precision.name)
     else:
@@ -240,7 +240,7 @@ def main() -> None:
     """`gptlib benchmark --preset NAME [--only VARIANT] [--json]`."""
     with errors_in_one_line():
         options = tyro.cli(BenchmarkOptions)
-        if options.here:
+        if options.here and options.only:
             return print(json.dumps(measure_here(options.only, options)))
         names = [options.only] if options.only else list(VARIANTS)
         results = medians(names, options)

@@ -89,7 +89,7 @@ class Checkpoints:
         found = [re.fullmatch(line, row) for row in text.splitlines()]
         if not found or None in found:
             raise CheckpointError(f"{path.name}: damaged, it names no files")
-        return {self.folder / match[2]: match[1] for match in found}
+        return {self.folder / match[2]: match[1] for match in found if match}
 
     def save(self, step: int, state: dict, *, best: int | None = None) -> None:
         """Write a checkpoint, note which one is the best, delete those no longer kept.
@@ -152,7 +152,7 @@ class Checkpoints:
             model = self.path(step, "model.pt")
             if model_only and model in parts:
                 parts = {model: parts[model]}
-            state = {}
+            state: dict = {}
             for path, digest in parts.items():
                 state |= load_part(path, digest)
             return state

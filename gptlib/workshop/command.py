@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 COMMANDS = {  # name: module with its main, what it does
@@ -81,16 +82,16 @@ def source(module: str) -> str:
 def preset_values(name: str) -> dict[str, str]:
     """What a preset gives to settings of the run and of its model, as it is written."""
     tree = ast.parse(source("training"))
-    (presets,) = (
-        node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRESETS"
-    )
-    known = dict(zip(map(ast.literal_eval, presets.keys), presets.values))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRESETS":
+            table: Any = node.value
+    known = dict(zip(map(ast.literal_eval, table.keys), table.values))
     if name not in known:
         sys.exit(f"gptlib: unknown preset {name!r}; there are {', '.join(known)}")
     calls = [node for node in ast.walk(known[name]) if isinstance(node, ast.Call)]
-    return {key.arg: ast.unparse(key.value) for call in calls for key in call.keywords}
+    return {
+        str(key.arg): ast.unparse(key.value) for call in calls for key in call.keywords
+    }
 
 
 def option_lines(path: str, given: dict[str, str]) -> Iterator[str]:
@@ -107,7 +108,7 @@ def option_lines(path: str, given: dict[str, str]) -> Iterator[str]:
         if kind == "GPTConfig" or "arg(" in kind:  # its fields are options themselves
             continue
         value = given.get(name, ast.unparse(field.value) if field.value else "None")
-        comment = text.splitlines()[field.end_lineno - 1].partition("  # ")[2]
+        comment = text.splitlines()[field.lineno - 1].partition("  # ")[2]
         comment += " (required)" * (field.value is None)
         if kind == "bool":
             name, value = "no_" * (value == "True") + name, ""

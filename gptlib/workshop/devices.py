@@ -107,7 +107,8 @@ def fp16_is_sound(device: torch.device) -> bool:
         layer = torch.nn.Linear(384, 384, device=device)
         out = layer(torch.ones(64, 384, device=device))
         out.float().square().mean().backward()
-    return bool(torch.isfinite(out).all() and torch.isfinite(layer.weight.grad).all())
+    grad = layer.weight.grad
+    return grad is not None and bool(out.isfinite().all() and grad.isfinite().all())
 
 
 def cpu_information(path: Path = Path("/proc/cpuinfo")) -> dict[str, str]:

@@ -42,8 +42,9 @@ class Processes(World):
 
     def accumulate(self, module: nn.Module, last: bool):
         """Context of one micro-batch: only the last of a step exchanges gradients."""
-        alone = self.size == 1 or last
-        return contextlib.nullcontext() if alone else module.no_sync()
+        if last or not isinstance(module, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return module.no_sync()
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over the processes."""

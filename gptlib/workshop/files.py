@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -35,7 +35,7 @@ class HashingFile:
         self.file.flush()
 
 
-def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], None]) -> str:
+def write_whole(path: Path, content: str | bytes | Callable[[Any], None]) -> str:
     """Write a file so that `path` is never a part of it; returns the SHA-256.
 
     content: text (written as UTF-8), bytes, or a function that writes to the binary

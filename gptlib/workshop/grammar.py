@@ -6,7 +6,7 @@ Tangled from book/workshop/W13_grammar.md; change it there, not here.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -44,9 +44,15 @@ class Choice(NamedTuple):
     needs: str = ""
 
 
+Node = str | Slot | Filler | Choice | list  # a list is what its parts say, in order
+
+
 MONTHS = "January February March April May June July August September October November"
-CALENDAR = {"@month": (*MONTHS.split(), "December"), "@day": range(1, 29)}
-UNITS = {
+CALENDAR: dict[str, tuple | range] = {
+    "@month": (*MONTHS.split(), "December"),
+    "@day": range(1, 29),
+}
+UNITS: dict[str, Callable[[int], str]] = {
     "count": lambda n: f"{n:,}".replace(",", " @,@ "),
     "m": lambda n: f"{n} m ( {n * 3281 // 1000} ft )",
     "km": lambda n: f"{n} km ( {n * 621 // 1000} mi )",
@@ -60,7 +66,7 @@ def read_values(text: str) -> tuple | range | str:
     """The values of a fact or filler: `A / B`, `1900..1950 by STEP UNIT`, `@kind`."""
     if text.startswith("@"):
         return text
-    values = tuple(text.split(" / "))
+    values: tuple | range = tuple(text.split(" / "))
     if found := re.fullmatch(r"(\d+)\.\.(\d+)(?: by (\d+))?(?: (.+))?", text):
         first, last, step, unit = found.groups("")
         values = range(int(first), int(last) + 1, int(step or 1))
@@ -161,7 +167,7 @@ def declare(world: dict[str, Kind], kind: Kind, line: str) -> None:
             raise ValueError(f"{line!r} must read `ask FACT = OPENING | QUESTION`")
     elif key == "fact":
         name, _, whole = name.partition(" of ")
-        how, values = re.fullmatch(r"(?:(given|agreed)\b ?)?(.*)", text).groups("")
+        ((how, values),) = re.findall(r"^(?:(given|agreed)\b ?)?(.*)", text)
         fact = Fact(read_values(values) if values else (), how, whole)
         if name in kind.facts or not text or whole and whole not in kind.facts:
             raise ValueError(f"{line!r} declares {name!r} twice, or as part of nothing")
@@ -232,7 +238,7 @@ def entity_kind(world: dict[str, Kind], values: object) -> str:
     return values[1:] if values[1:] in world else "person"
 
 
-def check_words(world: dict[str, Kind], kind: Kind, node: object, names: dict) -> None:
+def check_words(world: dict[str, Kind], kind: Kind, node: Node, names: dict) -> None:
     """Raises ValueError if a node speaks of a fact or a kind that does not exist.
 
     names: the fillers so far, each with its kind.

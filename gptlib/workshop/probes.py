@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ def tinywiki_probes(seed: int = 0) -> list[Probe]:
 def is_person_name(text: str) -> bool:
     """Whether a text, after spaces and commas, begins with a person's first name."""
     first = re.match(r"[ ,]*(\w+)", text)
-    return bool(first) and first[1] in world()["person"].parts[0]
+    return first is not None and first[1] in world()["person"].parts[0]
 
 
 @torch.no_grad()
@@ -248,7 +249,8 @@ def run_probes(
     first. Its chance is the share of names among the words of text drawn from nothing.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    drawing = {"is_name": is_name, "temperature": temperature, "generator": generator}
+    drawing: dict[str, Any] = {"is_name": is_name, "temperature": temperature}
+    drawing["generator"] = generator
     results = []
     for family in dict.fromkeys(probe.family for probe in probes):
         own = [probe for probe in probes if probe.family == family]
@@ -281,9 +283,14 @@ class ProbeOptions:
 def probe_run(options: ProbeOptions, *, progress: bool = True) -> list[ProbeResult]:
     """Run TinyWiki's probes on a run, as the command line does."""
     run = load_run(options.run, options.which, device=options.device)
-    drawing = {"temperature": options.temperature, "draws": options.draws}
-    probes = tinywiki_probes()
-    results = run_probes(run.model, run.tokenizer, probes, progress=progress, **drawing)
+    results = run_probes(
+        run.model,
+        run.tokenizer,
+        tinywiki_probes(),
+        temperature=options.temperature,
+        draws=options.draws,
+        progress=progress,
+    )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         found = [dataclasses.asdict(result) for result in results]

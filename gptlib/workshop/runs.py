@@ -112,9 +112,11 @@ def decisive(config: TrainConfig) -> dict:
     """The settings that decide what a run learns, by name, the schedule in steps."""
     values = dataclasses.asdict(config)
     values |= {f"model.{key}": value for key, value in values.pop("model").items()}
-    others = ("eval_interval", "eval_sequences")
-    others += ("warmup_fraction", "decay_fraction", "cooldown_fraction")
-    return {k: v for k, v in values.items() if k not in others} | config.spans()
+    for name in ("eval_interval", "eval_sequences"):  # what is looked at, not learned
+        del values[name]
+    for name in ("warmup", "decay", "cooldown"):
+        del values[f"{name}_fraction"]
+    return values | config.spans()
 
 
 def check_folder(out: Path, config: TrainConfig) -> dict | None:
@@ -285,10 +287,10 @@ class Leg:
         data = open_data(config, own, options.progress and world.is_main)
         self.tokenizer = data.tokenizer
         self.batches, self.eval_batches = data.batches, data.eval_batches
-        precision = options.precision
-        if record and precision == "auto":  # settled when the run began
-            precision = record["machine"].get("precision", precision)
-        precision = devices.pick_precision(world.device, precision)
+        wanted = options.precision
+        if record and wanted == "auto":  # settled when the run began
+            wanted = record["machine"].get("precision", wanted)
+        precision = devices.pick_precision(world.device, wanted)
         model = fresh_model(config)
         begun = bool(self.checkpoints.steps())
         if config.init and not begun:
@@ -360,8 +362,14 @@ class Leg:
         peak = devices.peak_flops(self.world.device, state.precision.name)
         flops = state.model.flops_per_token() * config.tokens_per_step
         ideal = flops / peak / self.world.size if peak else None
-        shown = {"log": options.log, "progress": options.progress}
-        return Journal(self.out, config, state.step, ideal_seconds=ideal, **shown)
+        return Journal(
+            self.out,
+            config,
+            state.step,
+            log=options.log,
+            progress=options.progress,
+            ideal_seconds=ideal,
+        )
 
     def say(self, text: str) -> None:
         if self.world.is_main:
@@ -377,9 +385,15 @@ class Leg:
         with contextlib.closing(self.journal or io.StringIO()), self.request:
             if state.step == 0:
                 self.evaluate()
-            how = {"micro_batch_size": self.micro_batch_size, "world": self.world}
-            how |= {"on_step": self.after_step}
-            train(state, self.world.wrap(self.module), self.batches, self.config, **how)
+            train(
+                state,
+                self.world.wrap(self.module),
+                self.batches,
+                self.config,
+                micro_batch_size=self.micro_batch_size,
+                on_step=self.after_step,
+                world=self.world,
+            )
         if state.step < self.config.steps:
             self.say(
                 f"stopped at step {state.step} of {self.config.steps}, all of it "
@@ -520,4 +534,4 @@ def small_run() -> Run:
     out = cache_dir() / "small_runs" / key[:16]
     options = RunOptions(out, precision="fp32", micro_batch_size=16, progress=False)
     with lock(out.with_suffix(".lock")), contextlib.redirect_stderr(io.StringIO()):
-        return run_training(config, options)
+        return run_training(config, options) or load_run(out)

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import resources
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from gptlib import GptlibError
 from gptlib.workshop.grammar import (
@@ -24,6 +25,7 @@ from gptlib.workshop.grammar import (
     Choice,
     Filler,
     Kind,
+    Node,
     Slot,
     TinyWikiError,
     entity_kind,
@@ -73,7 +75,7 @@ FAMOUS = {kind: famous for kind, (famous, _) in SIZE.items()}
 @cache
 def world() -> dict[str, Kind]:
     """The world whose files come with gptlib. Raises TinyWikiError if SIZE misfits."""
-    loaded = load_world(resources.files("gptlib.workshop") / "world", KINDS)
+    loaded = load_world(Path(str(resources.files("gptlib.workshop"))) / "world", KINDS)
     n_jobs, n = len(loaded["person"].facts["job"].values), FAMOUS
     if not n_jobs <= n["person"] == n["town"] == 2 * n["river"] >= n["team"] > 3:
         raise TinyWikiError(
@@ -95,7 +97,7 @@ class Entity(NamedTuple):
     """Something an article can be about; the first indices of a kind are the famous."""
 
     kind: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, not called here
 
     @property
     def famous(self) -> bool:
@@ -143,7 +145,7 @@ def pool(values: tuple | range | str, subject: Entity) -> tuple | range:
         return CALENDAR[values]
     kind, first, step = entity_kind(world(), values), 0, 1
     if values != "@" + kind:
-        jobs = world()["person"].facts["job"].values
+        jobs = list(world()["person"].facts["job"].values)
         first, step = jobs.index(values[1:]), len(jobs)
     found = (Entity(kind, index) for index in range(first, FAMOUS[kind], step))
     return tuple(entity for entity in found if entity != subject)
@@ -174,10 +176,8 @@ def agree_on_people(seed: int, entity: Entity, facts: dict, sizes: dict) -> None
     """Facts that people share: friends are each other's, a town has one native."""
     index, n = entity.index, FAMOUS["person"]
     friends, births = (arrangement(seed, key, n) for key in ("friends", "births"))
-    jobs, first_names = (
-        world()["person"].facts["job"].values,
-        world()["person"].parts[0],
-    )
+    jobs = list(world()["person"].facts["job"].values)
+    first_names = world()["person"].parts[0]
     draws = Draws(seed, f"fact/person/{index}/arranged")
     job, town, friend = draws.below(len(jobs)), draws.below(n), draws.below(n)
     if entity.famous:
@@ -196,10 +196,10 @@ def agree_on_people(seed: int, entity: Entity, facts: dict, sizes: dict) -> None
 
 
 @lru_cache(maxsize=4096)
-def know(seed: int, entity: Entity) -> tuple[dict[str, object], dict[str, int]]:
+def know(seed: int, entity: Entity) -> tuple[dict[str, Any], dict[str, int]]:
     """Facts of an entity, and how many values each could have had."""
     declared = world()[entity.kind].facts
-    facts: dict[str, object] = {"name": titles(seed, entity.kind)[entity.index]}
+    facts: dict[str, Any] = {"name": titles(seed, entity.kind)[entity.index]}
     sizes: dict[str, int] = {}
     for name, fact in declared.items():
         if not fact.how and not fact.whole:
@@ -212,7 +212,7 @@ def know(seed: int, entity: Entity) -> tuple[dict[str, object], dict[str, int]]:
         agree_on_people(seed, entity, facts, sizes)
     for name, fact in declared.items():
         if fact.whole and isinstance(fact.values, tuple):
-            place = declared[fact.whole].values.index(facts[fact.whole])
+            place = list(declared[fact.whole].values).index(facts[fact.whole])
             facts[name] = fact.values[place]
     return facts, sizes
 
@@ -222,14 +222,14 @@ def spell(seed: int, value: object) -> str:
     if not isinstance(value, Entity):
         return str(value)
     facts = know(seed, value)[0]
-    return facts.get("short", facts["name"])
+    return str(facts.get("short", facts["name"]))
 
 
 class State(NamedTuple):
     """A way through the grammar so far: place in the text, fillers, and its price."""
 
     at: int
-    names: dict[str, object]
+    names: dict[str, Any]
     choices: tuple[tuple[str, float], ...]  # (sort, nats) of each
     told: dict[tuple[Entity, str], float]  # (entity, fact): nats, when first told
 
@@ -247,7 +247,7 @@ class Walk:
         self.text = source if isinstance(source, str) else ""
         self.draws = None if isinstance(source, str) else source
 
-    def steps(self, node: object, state: State) -> list[State]:
+    def steps(self, node: Node, state: State) -> list[State]:
         """Every state in which a node can leave a walk that comes in `state`."""
         if isinstance(node, str):
             return self.say(node, *state)
@@ -393,7 +393,7 @@ class TinyWiki:
             "seed", self.seed, isinstance(self.seed, int) and self.seed >= 0, "0, 1 ..."
         )
 
-    def facts(self, kind: str, index: int) -> dict[str, object]:
+    def facts(self, kind: str, index: int) -> dict[str, Any]:
         """Everything that is true of an entity: words, numbers and other entities."""
         _check("kind", kind, kind in KINDS, ", ".join(KINDS))
         n = len(titles(self.seed, kind))

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from tqdm import tqdm
@@ -88,7 +88,7 @@ def write_split(
             "most 65,536"
         )
     mark = np.array([tokenizer.end_of_text], "<u2").tobytes()
-    record = {"tokens": 1, "documents": 0, "lines": 0, "text_bytes": 0}
+    record: dict[str, Any] = {"tokens": 1, "documents": 0, "lines": 0, "text_bytes": 0}
     text_hash = hashlib.sha256()
 
     def write(file) -> None:
