@@ -1,6 +1,7 @@
 """Schedules, parameter groups and optimisers."""
 
 import copy
+import inspect
 import itertools
 import math
 
@@ -25,8 +26,9 @@ from gptlib.objective import (
 
 def lengths(name, steps):
     """What the schedule of this name needs to end at `steps`."""
-    half = {"steps": steps, "cooldown_steps": steps // 2}
-    return {"cosine": {"decay_steps": steps}, "trapezoid": half}[name]
+    known = {"steps": steps, "cooldown_steps": steps // 2, "decay_steps": steps}
+    wanted = inspect.signature(SCHEDULES[name]).parameters
+    return {key: n for key, n in known.items() if key in wanted}
 
 
 PEAK = {"peak": 6e-4, "final": 6e-5, "warmup_steps": 800}
