@@ -420,6 +420,7 @@ def test_the_page_writes_and_no_request_leaves_it(browser, alone, stored):
         "page_bytes": alone.stat().st_size,
         "browser": browser.call("Browser.getVersion")["product"],
         "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],  # above 1: other programs shared the cores
     }
     print(found)
     if os.environ.get("GPTLIB_PAGE_RECORD"):  # makes ledger/page/chromium.json
