@@ -6,6 +6,7 @@ Tangled from book/chapters/08_objective.md; change it there, not here.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -79,7 +80,7 @@ def trapezoid(
     return final + (peak - final) * left
 
 
-SCHEDULES = {"cosine": cosine, "trapezoid": trapezoid}
+SCHEDULES: dict[str, Callable[..., float]] = {"cosine": cosine, "trapezoid": trapezoid}
 
 
 class CombinedOptimizer:
@@ -132,4 +133,7 @@ def make_muon(
     return CombinedOptimizer(muon, adamw)
 
 
-OPTIMIZERS = {"adamw": make_adamw, "muon": make_muon}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer | CombinedOptimizer]] = {
+    "adamw": make_adamw,
+    "muon": make_muon,
+}

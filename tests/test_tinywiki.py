@@ -5,11 +5,9 @@ import itertools
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
 
 import pytest
 
@@ -28,7 +26,6 @@ from gptlib.workshop.tinywiki import (
     TinyWikiError,
     Walk,
     entity_of,
-    fingerprint,
     titles,
     world,
 )
@@ -348,18 +345,6 @@ def test_a_filler_may_not_exclude_what_is_untold():
     assert person not in others and friend not in others
     with pytest.raises(TinyWikiError, match="person.txt: a filler excludes 'friend'"):
         Walk(0, person, "").candidates(stranger, BEGINNING)
-
-
-def test_the_fingerprint_knows_every_file(tmp_path, monkeypatch):
-    before = fingerprint()
-    folder = tmp_path / "workshop"
-    shutil.copytree(Path(tinywiki.__file__).parent, folder)
-    monkeypatch.setattr(tinywiki.resources, "files", lambda _: folder)
-    assert fingerprint() == before
-    for name in ("world/album.txt", "world/person.txt", "tinywiki.py", "grammar.py"):
-        (folder / name).write_bytes((folder / name).read_bytes() + b"\n")
-        assert fingerprint() != before
-        before = fingerprint()
 
 
 def test_a_size_that_does_not_fit_is_one_line(monkeypatch):

@@ -85,14 +85,6 @@ def world() -> dict[str, Kind]:
     return loaded
 
 
-def fingerprint() -> str:
-    """Hash of this program and its world: another one is another TinyWiki."""
-    here = resources.files("gptlib.workshop")
-    names = ["tinywiki.py", "grammar.py", *(f"world/{kind}.txt" for kind in KINDS)]
-    files = [here / name for name in names]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
 class Entity(NamedTuple):
     """Something an article can be about; the first indices of a kind are the famous."""
 
