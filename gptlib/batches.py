@@ -90,22 +90,23 @@ class Batches:
             yield crops(self.ids, group, self.block_size)
 
 
-def to_device(pairs: Iterable[Pair], device: torch.device) -> Iterator[Pair]:
-    """Move pairs to a device, one pair ahead of its use.
+def to_device(
+    batches: Iterable[tuple[torch.Tensor, ...]], device: torch.device
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Move batches to a device, one ahead of its use.
 
     On CUDA the copy is from pinned memory and does not wait for the computation.
     """
 
-    def move(pair: Pair) -> Pair:
-        x, y = pair
+    def move(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         if device.type == "cuda":
-            x, y = x.pin_memory(), y.pin_memory()
-        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            batch = tuple(t.pin_memory() for t in batch)
+        return tuple(t.to(device, non_blocking=True) for t in batch)
 
     ahead = None
-    for pair in map(move, pairs):
+    for batch in map(move, batches):
         if ahead is not None:
             yield ahead
-        ahead = pair
+        ahead = batch
     if ahead is not None:
         yield ahead

@@ -144,3 +144,12 @@ def test_to_device_keeps_order_and_stays_one_ahead():
         found.append((x.item(), y.item()))
     assert found == [(0, 1), (1, 2), (2, 3), (3, 4)] and ahead == [2, 3, 4, 4]
     assert list(to_device(iter([]), torch.device("cpu"))) == []
+
+
+def test_batches_of_three_tensors_move_as_well():
+    """Fine-tuning has a weight for each target."""
+    batches = [tuple(torch.full((2,), 3 * i + k) for k in range(3)) for i in range(3)]
+    moved = list(to_device(batches, torch.device("cpu")))
+    assert len(moved) == 3
+    for before, after in zip(batches, moved):
+        assert all(map(torch.equal, before, after)) and len(after) == 3
