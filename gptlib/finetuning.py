@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ def chat_marks(tokenizer: Tokenizer) -> dict[str, int]:
             f"tokenizer {tokenizer.name!r} has no token for the mark {missing[0]!r}; "
             "use one that has all 256 bytes, as bpe-N and gpt2 do"
         )
-    return marks
+    return {name: token for name, token in marks.items() if token is not None}
 
 
 Message = dict[str, str]  # role and content
@@ -165,13 +165,14 @@ def read_asks() -> tuple[Ask, ...]:
     So the wordings that are held out, the last ones, are of all sorts.
     """
     path = resources.files("gptlib.workshop") / "world" / "questions.txt"
-    asks = []
+    asks: list[Ask] = []
     for block in path.read_text("utf-8").split("\n== ")[1:]:
         head, *wordings = block.strip().splitlines()
         names, _, answer = head.partition(" | ")
+        kind, fact = names.split()
         first = len(asks) % len(wordings)
         wordings = wordings[first:] + wordings[:first]
-        asks.append(Ask(*names.split(), answer, tuple(wordings)))
+        asks.append(Ask(kind, fact, answer, tuple(wordings)))
     return tuple(asks)
 
 
@@ -259,6 +260,16 @@ def unknown_entities(seed: int = 0, times: int = 4) -> list[Entity]:
     return found
 
 
+def all_of(wordings: Sequence[int]) -> Callable[[int], Sequence[int]]:
+    """For `questions`: each fact in all of these wordings."""
+    return lambda i: wordings
+
+
+def in_turn(wordings: Sequence[int]) -> Callable[[int], Sequence[int]]:
+    """For `questions`: each fact in one of these wordings, the next for the next."""
+    return lambda i: [wordings[i % len(wordings)]]
+
+
 def test_sets(seed: int = 0) -> dict[str, list[Question]]:
     """Questions to test with, each fact once; only those of the first were trained."""
     famous, unknown = famous_entities(), unknown_entities(seed)
@@ -273,7 +284,7 @@ def test_sets(seed: int = 0) -> dict[str, list[Question]]:
         "never told": (strange, OLD),
     }
     return {
-        name: questions(entities, lambda i, k=k: [k[i % len(k)]], seed)
+        name: questions(entities, in_turn(k), seed)
         for name, (entities, k) in plans.items()
     }
 
@@ -288,7 +299,8 @@ QUESTIONS = {  # name of the data: what questions about unknown entities get
 def join_chats(chats: Sequence[list[Message]], seed: int) -> list[list[Message]]:
     """Conversations of one, two or three questions in turn, in a shuffled order."""
     draws = np.random.Philox(key=np.array([seed, 0], np.uint64)).random_raw(len(chats))
-    order, found = np.argsort(draws, kind="stable").tolist(), []
+    order = np.argsort(draws, kind="stable").tolist()
+    found: list[list[Message]] = []
     while order:
         size = len(found) % 3 + 1
         found.append([turn for i in order[:size] for turn in chats[i]])
@@ -304,9 +316,9 @@ def tinywiki_chats(name: str, seed: int = 0) -> dict[str, list[list[Message]]]:
     splits = {}
     for split, wordings in (("train", OLD), ("validation", NEW)):
         kept = [e for e in famous if held_out(e) == (wordings is NEW)]
-        chats = [q.chat() for q in questions(kept, lambda i, k=wordings: k, seed)]
+        chats = [q.chat() for q in questions(kept, all_of(wordings), seed)]
         kept = [e for e in unknown if held_out(e) == (wordings is NEW)]
-        strange = questions(kept, lambda i, k=wordings: [k[i % len(k)]], seed)
+        strange = questions(kept, in_turn(wordings), seed)
         reply = UNKNOWN if what == "I do not know" else None
         splits[split] = join_chats(chats + [q.chat(reply) for q in strange], seed)
     return splits
@@ -395,7 +407,8 @@ def fit_chats(
 
 def open_chats(config: TrainConfig, own: Tokenizer | None, progress: bool) -> Data:
     """What a fine-tuning reads. own: the tokenizer of a run that has begun."""
-    tokenizer, batches, hashes = own or Tokenizer.load(config.tokenizer), [], {}
+    tokenizer = own or Tokenizer.load(config.tokenizer)
+    batches, hashes = {}, {}
     sizes = {"train": config.batch_size, "validation": config.eval_sequences}
     for split, chats in load_chats(config.corpus).items():
         block = config.model.block_size
@@ -411,12 +424,12 @@ def open_chats(config: TrainConfig, own: Tokenizer | None, progress: bool) -> Da
                 f"{config.corpus}, {split}: no conversation fits the block of {block} "
                 "tokens; give shorter ones"
             )
-        batches.append(ChatBatches(rows, sizes[split], config.seed))
+        batches[split] = ChatBatches(rows, sizes[split], config.seed)
         hashes[split] = hashlib.sha256(json.dumps(chats).encode()).hexdigest()
-    return Data(tokenizer, *batches, hashes)
+    return Data(tokenizer, batches["train"], batches["validation"], hashes)
 
 
-SETTINGS = {  # of a fine-tuning, where nothing else is said
+SETTINGS: dict[str, Any] = {  # of a fine-tuning, where nothing else is said
     "optimizer": "adamw",
     "schedule": "cosine",
     "steps": 200,
@@ -432,10 +445,13 @@ SETTINGS = {  # of a fine-tuning, where nothing else is said
 
 def finetune_config(base: Path | str, data: str, **changes) -> TrainConfig:
     """The configuration that trains a run further on conversations."""
-    record = read_record(base)
+    record = read_record(Path(base))
     if record is None:
         raise FinetuneError(f"{base}: no run.json there; give a run's --out folder")
-    ours = {"corpus": data, "tokenizer": str(Path(base) / "tokenizer.json")}
+    ours: dict[str, Any] = {
+        "corpus": data,
+        "tokenizer": str(Path(base) / "tokenizer.json"),
+    }
     ours |= {"init": str(base), "zero_projections": False}
     return dataclasses.replace(record["config"], **ours | SETTINGS | changes)
 
@@ -548,7 +564,8 @@ def talk_with(options: ChatOptions) -> None:
     """Read lines, and print a reply to each as it is drawn, until the input ends."""
     run = load_run(options.run, options.which, device=options.device)
     settings = {k: getattr(options, k) for k in ("temperature", "top_k", "top_p")}
-    messages, block = [], run.model.config.block_size
+    messages: list[Message] = []
+    block = run.model.config.block_size
     for number in range(sys.maxsize):
         try:
             content = input("> " if sys.stdin.isatty() else "").strip()

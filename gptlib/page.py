@@ -79,8 +79,8 @@ def unpack(data: bytes, rows: int, columns: int, bits: int) -> tuple[Tensor, int
     if not columns:
         return torch.tensor(first), 4 * rows
     size = -(-rows * columns * bits // 8)
-    each = np.unpackbits(np.frombuffer(data, np.uint8, size, 4 * rows))
-    each = each[: rows * columns * bits].reshape(rows, columns, bits)
+    packed = np.frombuffer(data, np.uint8, size, 4 * rows)
+    each = np.unpackbits(packed)[: rows * columns * bits].reshape(rows, columns, bits)
     places = 2 ** np.arange(bits)[::-1]
     numbers = torch.tensor((each * places).sum(-1).astype(np.uint8))
     return dequantise(torch.tensor(first), numbers, bits), 4 * rows + size
@@ -131,7 +131,7 @@ def export_page_weights(
         "parameters": size,
         "tokens": [
             t.decode("latin-1")
-            for t in sorted(tokenizer.ranks, key=tokenizer.ranks.get)
+            for t in sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
         ],
         "tensors": tensors,
         "moments": [{"step": m.step, "bits": m.bits} for m in moments],

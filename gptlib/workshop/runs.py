@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -237,8 +238,8 @@ class Data:
     """What a run reads, with the hash of each split."""
 
     tokenizer: Tokenizer
-    batches: Batches
-    eval_batches: Batches
+    batches: Any  # Batches, or a class with its methods
+    eval_batches: Any
     hashes: dict[str, str]
     held_out: object = None  # how the validation split was chosen
 
@@ -256,13 +257,14 @@ def open_corpus(config: TrainConfig, own: Tokenizer | None, progress: bool) -> D
     mark = tokenizer.end_of_text if config.crops == "documents" else None
     sizes = {"train": config.batch_size, "validation": config.eval_sequences}
     block, seed = config.model.block_size, config.seed
-    batches = [
+    train_batches, eval_batches = (
         Batches(tokens.split(name).ids, n, block, seed, mark)
         for name, n in sizes.items()
-    ]
+    )
     manifest = tokens.manifest
     hashes = {split: entry["sha256"] for split, entry in manifest["splits"].items()}
-    return Data(tokenizer, *batches, hashes, manifest.get("held_out"))
+    held_out = manifest.get("held_out")
+    return Data(tokenizer, train_batches, eval_batches, hashes, held_out)
 
 
 class Leg:
