@@ -555,7 +555,7 @@ class ChatOptions:
     temperature: float = 0.0  # 0: always the most probable token
     top_k: int | None = None  # draw from so many tokens
     top_p: float | None = None  # draw from tokens of this much probability
-    seed: int | None = None  # None: different every time, unless temperature is 0
+    seed: int | None = None  # None: new every time, unless temperature is 0
     which: str = "last"  # checkpoint: best or last
     device: str = "auto"
 

@@ -305,8 +305,7 @@ def test_help_on_each_command_is_one_screen_and_needs_no_torch(tmp_path):
                 if default is dataclasses.MISSING:
                     assert line.endswith("(required)")
                 elif not isinstance(default, bool | None) and default != "":
-                    shown = type(default)(line.split()[1])
-                    assert shown == default, line
+                    assert line.startswith(f"  --{flag} {default}"), line
 
 
 def test_sample_by_command_equals_sample_by_library(place):

@@ -69,6 +69,8 @@ HELP = {  # topic: the classes whose fields are its options
     "probe": ("workshop.probes.ProbeOptions",),
     "export": ("exchange.Export",),
     "import": ("exchange.Import",),
+    "page": ("page.PageOptions",),
+    "chat": ("finetuning.ChatOptions",),
     "benchmark": ("workshop.benchmark.BenchmarkOptions",),
 }
 
