@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Jupyter Book's own command, told which executed notebooks the pages show
 BUILD = $(BIN)/jupyter-book build --quiet . --path-output .
 
-.PHONY: help book test check pytest notebooks site lab tangle weave format clean
+.PHONY: help book test check pytest notebooks site pdf lab tangle weave format clean
 
 help:
 	@echo "make book    execute every notebook, train the demo model, render the site; changes no file that git knows"
@@ -21,6 +21,7 @@ help:
 	@echo "make check   manuscripts, notebooks and gptlib agree; references; numbers; style (under a minute)"
 	@echo "make weave   after editing a manuscript: gptlib, the library index and the notebooks that changed"
 	@echo "make site    render the stored notebooks"
+	@echo "make pdf     the whole book as one PDF, _build/book.pdf; needs Chromium"
 	@echo "make tangle  rewrite gptlib     make format  ruff, in manuscripts too     make clean"
 
 # a marker newer than the requirements says that the environment is complete
@@ -61,6 +62,10 @@ notebooks: $(VENV)/.complete
 site: $(VENV)/.complete
 	$(BUILD) -W -n --keep-going
 	$(PY) -m pytest tests/test_site.py
+
+pdf: $(VENV)/.complete
+	$(BUILD)
+	$(PY) tools/pdf.py
 
 tangle: $(VENV)/.complete
 	$(PY) tools/tangle.py

@@ -32,7 +32,7 @@ def chromium() -> str | None:
 class Browser:
     """One tab. `events` holds what the page reported since the last `open`."""
 
-    def __init__(self):
+    def __init__(self, timeout: float = 30):
         import websocket  # jupyter-server brings it
 
         self.folder = tempfile.mkdtemp(prefix="book-browser-")
@@ -48,7 +48,7 @@ class Browser:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:
             tab = next(t for t in json.load(answer) if t["type"] == "page")
         self.socket = websocket.create_connection(
-            tab["webSocketDebuggerUrl"], timeout=30, suppress_origin=True
+            tab["webSocketDebuggerUrl"], timeout=timeout, suppress_origin=True
         )
         self.numbers, self.events = itertools.count(1), []
         for domain in ("Page", "Runtime", "Network", "Log"):
@@ -98,7 +98,7 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.events = []
         self.call("Page.navigate", url=url)
-        end = time.monotonic() + 30
+        end = time.monotonic() + self.socket.gettimeout()
         while not self.said("Page.loadEventFired") and time.monotonic() < end:
             self.events.append(json.loads(self.socket.recv()))
         self.js(

@@ -5,10 +5,15 @@ Chromium, and axe-core where the package `axe-core-python` is installed.
 """
 
 import functools
+import gzip
 import http.server
 import importlib.util
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from html.parser import HTMLParser
@@ -114,7 +119,8 @@ def test_search_index_knows_a_heading_for_what_people_look_for():
 
 def test_the_site_and_its_pages_are_light():
     files = {path: path.stat().st_size for path in SITE.rglob("*") if path.is_file()}
-    assert sum(files.values()) < 15e6
+    files.pop(SITE / "book.pdf", None)  # no page loads it
+    assert sum(files.values()) <= 15e6
     heavy = {name_of(p): files[p] for p in PAGES if files[p] > 700_000}
     assert heavy == {}
 
@@ -177,6 +183,9 @@ def test_page_in_a_browser(browser, site, name):
     assert shown >= formulas, f"{formulas} formulas, {shown} shown"
     assert shown or name != CHAPTER_4
     assert browser.js("document.querySelectorAll('mjx-merror').length") == 0
+    sent = [gzip.compress((SITE / a.removeprefix(site).split("?")[0]).read_bytes())
+            for a in {a.split("#")[0] for a in addresses} if a.startswith(site)]  # fmt: skip
+    assert sum(map(len, sent)) <= 1.5e6, "as a server sends it"
 
 
 CUT = """[...document.querySelectorAll('.bd-article pre')]
@@ -184,13 +193,156 @@ CUT = """[...document.querySelectorAll('.bd-article pre')]
   .map(pre => pre.innerText.split('\\n').sort((a, b) => b.length - a.length)[0])"""
 
 
+WIDE = """[...document.querySelectorAll('div.math')]
+  .filter(m => m.offsetParent && m.scrollWidth > m.clientWidth).map(m => m.innerText)"""
+SCALES = """[...document.querySelectorAll('.bd-article img')]
+  .map(i => [i.getAttribute('src'), i.clientWidth / i.naturalWidth])
+  .filter(([_, scale]) => !(scale > 0.4))"""
+TURNED = """[...document.querySelectorAll('.bd-article img')]
+  .filter(i => !getComputedStyle(i).filter.includes('invert')).map(i => i.src)"""
+
+
 @in_browser
 @pytest.mark.parametrize("width", [390, 1280])
-def test_code_and_equations_are_whole(browser, site, width):
-    browser.open(site + CHAPTER_4, width=width)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_nothing_is_cut(browser, site, path, width):
+    browser.open(site + name_of(path), width, "dark" if width == 390 else "light")
+    assert browser.js("document.documentElement.scrollWidth") <= width
     assert browser.js(CUT) == []
-    cut = "[...document.querySelectorAll('div.math')].filter(m => "
-    assert browser.js(cut + "m.scrollWidth > m.clientWidth).length") == 0
+    assert browser.js(WIDE) == []
+    # labels of 11.5 points at 110 dots to the inch: at 0.4 they have 7 pixels
+    assert browser.js(SCALES) == []
+    if width == 390:
+        assert browser.js(TURNED) == [], "figures are drawn on white"
+
+
+def click(browser, selector):
+    """A real click in the middle of the first element that a selector finds."""
+    x, y = browser.js(
+        f"(e => {{ e.scrollIntoView({{block: 'center', behavior: 'instant'}});"
+        " const r = e.getBoundingClientRect();"
+        " return [r.x + r.width / 2, r.y + Math.min(r.height / 2, 12)] })"
+        f"(document.querySelector({json.dumps(selector)}))"
+    )
+    for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+        more = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
+        browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
+    time.sleep(0.5)
+
+
+@in_browser
+def test_folds_open_and_close(browser, site):
+    browser.open(site + CHAPTER_4)
+    folds = {
+        ".solution.dropdown button": "document.querySelector('.solution-content')",
+        "details.hide > summary": "document.querySelector('details.hide .cell_input')",
+    }
+    for button, content in folds.items():
+        shown = f"{content}.checkVisibility() && {content}.clientHeight > 20"
+        for expected in (False, True, False):
+            assert browser.js(shown) == expected, button
+            click(browser, button)
+
+
+@in_browser
+def test_copy_button_gives_the_code_of_the_cell(browser, site):
+    notebook = json.loads((ROOT / "notebooks/04_attention.ipynb").read_text("utf-8"))
+    cells = [
+        "".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"
+    ]
+    browser.call("Browser.grantPermissions", permissions=["clipboardReadWrite"])
+    browser.call("Emulation.setFocusEmulationEnabled", enabled=True)
+    browser.open(site + CHAPTER_4)
+    click(browser, "div.tag_export ~ div.tag_export .copybtn")
+    copied = browser.js("navigator.clipboard.readText()")
+    assert copied.strip() in cells and "def " in copied
+
+
+@in_browser
+def test_download_button_gives_the_plain_notebook(browser, site, tmp_path):
+    folder = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.open(site + CHAPTER_4)
+    browser.call("Browser.setDownloadBehavior", **folder)
+    click(browser, ".dropdown-download-buttons > button")
+    click(browser, ".btn-download-source-button")
+    got, stored = tmp_path / "04_attention.ipynb", ROOT / "notebooks/04_attention.ipynb"
+    end = time.monotonic() + 10
+    while not got.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert got.read_bytes() == stored.read_bytes()
+    cells = json.loads(got.read_text("utf-8"))["cells"]
+    text = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    assert "{ref}" not in text and "{math}" not in text
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """The PDF of two pages, and what pypdf reads in it."""
+    pypdf = pytest.importorskip("pypdf")
+    sys.path.insert(0, str(ROOT / "tools"))
+    import pdf
+
+    pages = [SITE.resolve() / name for name in ("book/setup.html", CHAPTER_4)]
+    path = tmp_path_factory.mktemp("pdf") / "book.pdf"
+    pdf.write(path, [("Start", pages[:1]), ("The model", pages[1:])])
+    reader = pypdf.PdfReader(path)
+    return reader, [page.extract_text() for page in reader.pages]
+
+
+@in_browser
+def test_pdf_has_contents_numbers_and_an_outline(printed):
+    reader, texts = printed
+    assert reader.metadata.title in texts[0] and texts[1].startswith("Contents")
+    title = "4. Attention: a weighted average of the past"
+    number = int(re.search(title + r"\s*(\d+)", texts[1])[1])
+    assert texts[number - 1].startswith(f"{title}\n{number}\n{title[:20]}")
+    heads = [text.split("\n")[1] for text in texts[2:]]
+    assert heads == [str(n) for n in range(3, len(texts) + 1)]
+    names = {entry["/Title"] for entry in reader.outline if isinstance(entry, dict)}
+    assert {"Contents", title} <= names
+    links = [a for page in reader.pages for a in page.get("/Annots", [])]
+    addresses = [a.get_object().get("/A", {}).get("/URI", "") for a in links]
+    assert not [a for a in addresses if a.startswith("file:")]
+
+
+@in_browser
+def test_pdf_keeps_code_figures_and_solutions(printed):
+    reader, texts = printed
+    pages = ["".join(text.split("\n")[2:]) for text in texts]  # without their heads
+    bare = re.sub(r"\s", "", "".join(pages))
+    notebook = json.loads((ROOT / "notebooks/04_attention.ipynb").read_text("utf-8"))
+    code = [c for c in notebook["cells"] if c["cell_type"] == "code"]
+    shown = [c for c in code if "hide-input" not in c["metadata"].get("tags", [])]
+    lines = [line for c in shown for line in "".join(c["source"]).splitlines()]
+    assert len(lines) > 100
+    assert [line for line in lines if re.sub(r"\s", "", line) not in bare] == []
+    figures = sum("image/png" in o.get("data", {}) for c in code for o in c["outputs"])
+    assert sum(len(page.images) for page in reader.pages) >= figures > 0
+    assert "SolutiontoExercise4.1" in bare
+
+
+def test_pdf_is_named_on_the_first_page_only_where_it_is(tmp_path):
+    (tmp_path / "book").mkdir()
+    page = shutil.copy(SITE / "book/index.html", tmp_path / "book/index.html")
+    plain = re.sub('<p class="pdf">.*\n', "", page.read_text(encoding="utf-8"))
+    page.write_text(plain, encoding="utf-8")
+    sys.path.insert(0, str(ROOT / "book/_ext"))
+    from pages import link_pdf
+
+    link_pdf(tmp_path)
+    assert page.read_text(encoding="utf-8") == plain
+    (tmp_path / "book.pdf").touch()
+    link_pdf(tmp_path), link_pdf(tmp_path)
+    assert page.read_text(encoding="utf-8").count('href="../book.pdf"') == 1
+
+
+def test_pdf_without_chromium_is_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/pdf.py"], capture_output=True, text=True,
+        env={**os.environ, "PATH": str(tmp_path), "CHROMIUM": ""},
+    )  # fmt: skip
+    assert done.returncode == 1 and "install the package chromium" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 FOUND = "(document.querySelector('.search-summary') || {}).innerText || ''"

@@ -16,8 +16,21 @@ from docutils import nodes
 
 
 MATHJAX = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")
-UNUSED = ("styles/*.map", "scripts/*.map", "locales", "sphinx-thebe.*", "*.html")
-UNUSED_FONTS = ("js", "scss", "less", "webfonts/*.ttf", "webfonts/*compat*")
+UNUSED = (
+    "mathjax/input/tex/extensions/all-packages.js",
+    "styles/*.map",
+    "scripts/*.map",
+    "locales",
+    "sphinx-thebe.*",
+    "*.html",
+)
+UNUSED_FONTS = (
+    "js",
+    "scss",
+    "less",
+    "webfonts/*.ttf",
+    "webfonts/fa-[brv]*",
+)  # solid stays
 FONT_SCRIPT = re.compile(r'\s*<script src="[^"]*fontawesome[^"]*\.js[^"]*"></script>')
 CONTENT_ID = re.compile(r'<section id="((?:exercise|solution)-content)">')
 THEBE_STYLE = re.compile(r"\s*<link [^>]*sphinx-thebe[^>]*>")
@@ -100,6 +113,17 @@ def prune(app, exception) -> None:
             shorter = redirect(app.config.html_title, text)
         if shorter != text:
             page.write_text(shorter, encoding="utf-8")
+    link_pdf(Path(app.outdir))
+
+
+def link_pdf(site: Path) -> None:
+    """Name the book's PDF on the first page, if `make pdf` has put one there."""
+    first, line = site / "book/index.html", '<p class="pdf"><a href="../book.pdf">'
+    text = first.read_text(encoding="utf-8") if first.exists() else ""
+    if (site / "book.pdf").exists() and text and line not in text:
+        line += "The whole book as one PDF</a></p>\n"
+        place = re.search(r"<section [^>]*>\s*<h2", text).start()  # after the opening
+        first.write_text(text[:place] + line + text[place:], encoding="utf-8")
 
 
 def redirect(title: str, text: str) -> str:
