@@ -30,7 +30,7 @@ pytestmark = [
     ),
 ]
 NOT_COPIED = (".git", ".venv", "_build", "runs", "lab", "__pycache__", ".*_cache")
-TOOLS = "tangle library_index toc plain weave front format lab"
+TOOLS = "tangle weave format lab"  # those that write chapters or notebooks
 ANSWER = "# MY OWN ANSWER\nprint(6 * 7)"
 PANEL = "jupyterapp.shell.currentWidget"
 CELLS = f"[...{PANEL}.content.widgets]"
@@ -66,7 +66,9 @@ def tool(tree, name):
 @pytest.fixture(scope="module")
 def address(tree):
     """The server that `make lab` starts, at the root of the repository."""
-    recipe = re.search(r"^\t\$\(BIN\)/jupyter lab (.*)$", (tree / "Makefile").read_text(), re.M)
+    recipe = re.search(
+        r"^\t\$\(BIN\)/jupyter lab (.*)$", (tree / "Makefile").read_text(), re.M
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -84,7 +86,9 @@ def address(tree):
             urllib.request.urlopen(place + "api/status").close()
             break
         except OSError:
-            assert server.poll() is None and time.monotonic() < end, (tree.parent / "log").read_text()
+            assert server.poll() is None and time.monotonic() < end, (
+                tree.parent / "log"
+            ).read_text()
             time.sleep(0.2)
     yield place
     server.terminate()
@@ -114,13 +118,17 @@ def wait(tab, expression, seconds=40):
 
 
 def open_notebook(tab, path):
-    tab.js(f"jupyterapp.commands.execute('docmanager:open', {{path: '{path}'}}).then(() => 1)")
+    tab.js(
+        f"jupyterapp.commands.execute('docmanager:open', {{path: '{path}'}}).then(() => 1)"
+    )
     wait(tab, f"{PANEL}.context.path == '{path}' && {PANEL}.context.isReady")
     wait(tab, f"{PANEL}.context.sessionContext.isReady")
 
 
 def test_start_page_opens(lab):
-    wait(lab, f"{PANEL}.context.path == 'lab/00_start.ipynb' && {PANEL}.context.isReady")
+    wait(
+        lab, f"{PANEL}.context.path == 'lab/00_start.ipynb' && {PANEL}.context.isReady"
+    )
     titles = "[...document.querySelectorAll('.jp-Notebook h1')].map(h => h.innerText)"
     assert "How GPT works" in wait(lab, titles)[0]
 
@@ -138,25 +146,37 @@ def test_repository_root_lists_files_and_opens_a_notebook(lab, address):
 def test_chapter_runs_and_an_answer_stays(lab, tree):
     path, name = tree / "lab/04_attention.ipynb", "lab/04_attention.ipynb"
     open_notebook(lab, name)
-    lab.js("jupyterapp.commands.execute('notebook:clear-all-cell-outputs').then(() => 1)")
+    lab.js(
+        "jupyterapp.commands.execute('notebook:clear-all-cell-outputs').then(() => 1)"
+    )
     assert lab.js(f"{CODE}.length > 10 && !{CODE}.some(c => c.model.executionCount)")
     lab.js("jupyterapp.commands.execute('notebook:restart-run-all'); 1")
-    wait(lab, "(b => b && (b.click(), 1))(document.querySelector('.jp-Dialog .jp-mod-accept'))")
-    wait(lab, f"{CODE}.every(c => c.model.executionState == 'idle' && c.model.executionCount)")
+    wait(
+        lab,
+        "(b => b && (b.click(), 1))(document.querySelector('.jp-Dialog .jp-mod-accept'))",
+    )
+    wait(
+        lab,
+        f"{CODE}.every(c => c.model.executionState == 'idle' && c.model.executionCount)",
+    )
     counts = lab.js(f"{CODE}.map(c => c.model.executionCount)")
     assert counts == list(range(1, len(counts) + 1)), "in a fresh kernel, to the end"
     lab.js(f"{PANEL}.content.activeCellIndex = {CELLS}.length - 1")
     lab.js("jupyterapp.commands.execute('notebook:insert-cell-below').then(() => 1)")
-    lab.js(f"{PANEL}.content.activeCell.model.sharedModel.setSource({json.dumps(ANSWER)})")
+    lab.js(
+        f"{PANEL}.content.activeCell.model.sharedModel.setSource({json.dumps(ANSWER)})"
+    )
     lab.js("jupyterapp.commands.execute('notebook:run-cell').then(() => 1)")
     wait(lab, f"{PANEL}.content.activeCell.model.outputs.length")
     lab.js("jupyterapp.commands.execute('docmanager:save').then(() => 1)")
     saved = nbformat.read(path, as_version=4)
-    assert saved.cells[-1].source == ANSWER and saved.cells[-1].outputs[0].text == "42\n"
+    assert (
+        saved.cells[-1].source == ANSWER and saved.cells[-1].outputs[0].text == "42\n"
+    )
     code = [c for c in saved.cells if c.cell_type == "code"]
     assert not [o for c in code for o in c.outputs if o.output_type == "error"]
     before = path.read_bytes()
-    for tools in range(2):
+    for again in range(2):
         for each in TOOLS.split():
             tool(tree, each)
-            assert path.read_bytes() == before, (tools, each)
+            assert path.read_bytes() == before, (again, each)
