@@ -60,6 +60,7 @@ notebooks: $(VENV)/.complete
 	$(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 -p no:cacheprovider notebooks
 
 site: $(VENV)/.complete
+	$(PY) tools/plain.py
 	$(BUILD) -W -n --keep-going
 	$(PY) -m pytest tests/test_site.py
 

@@ -272,6 +272,30 @@ def test_a_wrong_reference_is_one_line_with_file_and_line(book, old, new, messag
     assert notebook.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            ":tags: [export]\n\nimport math",
+            ":tags: [export\n\nimport math",
+            "are not YAML",
+        ),
+        ("import math", "import math(", "not plain Python"),
+        ('print("solved")', 'print("solved"', "not plain Python"),
+        ("---\njupytext", "--\njupytext", "no header"),
+    ],
+)
+@pytest.mark.parametrize("tool", ["plain", "weave", "lab"])
+def test_a_cell_that_cannot_be_read_is_one_line(book, tool, old, new, message):
+    path = book / "book/chapters/01_one.md"
+    edit(path, old, new)
+    said = run(book, tool)
+    line = path.read_text()[: path.read_text().index(new)].count("\n") + 1
+    line -= "YAML" in message
+    assert f"book/chapters/01_one.md:{line}: " in said.stderr, said
+    assert message in said.stderr and len(said.stderr.splitlines()) == 1
+
+
 def test_raw_marks_are_counted(book):
     path = book / "notebooks/01_one.ipynb"
     notebook = nbformat.read(path, as_version=4)
@@ -418,7 +442,7 @@ def test_lab_leaves_damage_as_it_is(book):
     said = run(book, "lab")
     assert said.returncode == 0, said.stderr
     lines = [
-        row for row in said.stdout.splitlines() if "01_one.ipynb is damaged" in row
+        row for row in said.stdout.splitlines() if "01_one.ipynb:1 is damaged" in row
     ]
     assert len(lines) == 1 and ".editions.json is damaged" in said.stdout
     assert "my answer" in (lab / "01_one.ipynb").read_text()

@@ -26,6 +26,7 @@ from manuscripts import (
     chapters,
     nbformat,
     pages,
+    why_damaged,
 )
 from plain import plain_cells
 from weave import KERNELSPEC, read
@@ -154,9 +155,9 @@ def fill(lab: Path, files: dict[str, bytes]) -> list[str]:
         try:
             nbformat.validate(nbformat.read(path, as_version=4))
         except Exception as error:
-            why = str(error).splitlines()[0][:60]
+            what = f"lab/{path.relative_to(lab)}{why_damaged(error)}"
             cure = "left as it is; move it away and run `make lab` for a fresh one"
-            lines.append(f"lab/{path.relative_to(lab)} is damaged ({why}): {cure}")
+            lines.append(f"{what}: {cure}")
     for name, data in files.items():
         lines.append(place(lab / name, data, known.setdefault(name, [])))
         write(record, json.dumps(known, indent=1).encode())

@@ -31,6 +31,24 @@ class ManuscriptError(ValueError):
     """A manuscript that cannot be used; the message names the chapter and the cure."""
 
 
+def one_line(kind: type, error: BaseException, trace) -> None:
+    """What Python calls for an error that nothing caught."""
+    if not issubclass(kind, ManuscriptError):
+        return sys.__excepthook__(kind, error, trace)
+    print(error, file=sys.stderr)
+
+
+sys.excepthook = one_line
+
+
+def why_damaged(error: Exception) -> str:
+    """`:3 is damaged (Expecting value)`, to put behind the name of a notebook."""
+    cause = error.__cause__ or error.__context__ or error
+    line = f":{cause.lineno}" if hasattr(cause, "lineno") else ""
+    why = getattr(cause, "msg", "") or str(error).splitlines()[0][:60]
+    return f"{line} is damaged ({why})"
+
+
 @dataclass(frozen=True)
 class Chapter:
     """One manuscript: `book/chapters/NN_name.md` or `book/workshop/WN_name.md`."""
@@ -78,7 +96,16 @@ class Chapter:
     @cached_property
     def notebook(self) -> nbformat.NotebookNode:
         """The manuscript without outputs; a cell's id depends on its text alone."""
-        notebook, seen = jupytext.reads(self.text, fmt="md:myst"), {}
+        if self.label and not self.text.startswith("---\n"):
+            raise ManuscriptError(f"{self.at(1)}: no header; copy another chapter's")
+        try:
+            notebook, seen = jupytext.reads(self.text, fmt="md:myst"), {}
+        except Exception as error:
+            line = re.search(r"at line (\d+)", str(error))
+            why = "the options between its first lines are not YAML"
+            raise ManuscriptError(
+                f"{self.at(int(line[1]) if line else 1)}: {why}"
+            ) from None
         for cell in notebook.cells:
             cell.id = new_id(cell.cell_type, cell.source, seen)
         return notebook
@@ -89,13 +116,26 @@ class Chapter:
         place, cells = 0, []
         for cell in self.notebook.cells:
             place = max(place, self.text.find(cell.source, place))
-            cells.append((cell, self.text.count("\n", 0, place) + 1))
+            line = self.text.count("\n", 0, place) + 1
+            if cell.cell_type == "code":
+                self.parse(plain_python(cell.source), line)
+            cells.append((cell, line))
             place += len(cell.source)
         return cells
 
     def at(self, line: int) -> str:
         """`book/chapters/04_attention.md:12`, to begin a message with."""
         return f"{self.path.relative_to(ROOT).as_posix()}:{line}"
+
+    def parse(self, source: str, line: int) -> ast.Module:
+        """The tree of Python that begins on a line of the manuscript."""
+        try:
+            return ast.parse(source)
+        except SyntaxError as error:
+            place, text = line + (error.lineno or 1) - 1, (error.text or "").strip()
+            raise ManuscriptError(
+                f"{self.at(place)}: not plain Python, {error.msg}: {text!r}"
+            ) from None
 
     @cached_property
     def title(self) -> str:

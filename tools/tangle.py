@@ -30,18 +30,14 @@ CURE = "mend: edit the manuscript, then run `make tangle`"
 def tangle(chapter: Chapter) -> str:
     """Source of the module that a chapter exports, to the letter of its cells."""
     cells = [cell.source.strip() for cell in chapter.exported]
-    for cell in cells:
-        try:
-            tree = ast.parse(cell)
-        except SyntaxError as error:
-            line = (error.text or "").strip()
-            raise ManuscriptError(
-                f"{chapter.stem}: an exported cell is not plain Python: {line!r}"
-            ) from None
+    exported = [id(cell) for cell in chapter.exported]
+    lines = [line for cell, line in chapter.cells if id(cell) in exported]
+    for cell, line in zip(cells, lines, strict=True):
+        tree = chapter.parse(cell, line)
         imports = [isinstance(n, ast.Import | ast.ImportFrom) for n in tree.body]
         if any(imports) and (cell != cells[0] or not all(imports)):
             raise ManuscriptError(
-                f"{chapter.stem}: the first exported cell holds all imports of the "
+                f"{chapter.at(line)}: the first exported cell holds all imports of the "
                 f"module and nothing else; move {cell.splitlines()[0]!r}"
             )
         if cell == cells[-1] and "\ndef main(" in "\n" + cell:

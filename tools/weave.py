@@ -37,6 +37,7 @@ from manuscripts import (
     nbformat,
     new_id,
     text_hash,
+    why_damaged,
 )
 from plain import plain_cells, targets
 
@@ -121,10 +122,8 @@ def read(path: Path) -> Notebook | None:
     try:
         return nbformat.read(path, as_version=4) if path.exists() else None
     except Exception as error:
-        why = str(error).splitlines()[0][:80]
-        raise ManuscriptError(
-            f"{path} is damaged ({why}); restore or delete it"
-        ) from None
+        what = f"{path}{why_damaged(error)}"
+        raise ManuscriptError(f"{what}; restore or delete it") from None
 
 
 def never_executed(notebook: Notebook) -> bool:
