@@ -345,6 +345,39 @@ def test_pdf_without_chromium_is_one_line(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+REPOSITORY = "https://github.com/owner/name"
+
+
+@pytest.mark.parametrize("setting", ["", REPOSITORY], ids=["alone", "repository"])
+def test_one_setting_brings_launch_buttons_and_a_picture(tmp_path, setting):
+    for name in ("book", "notebooks", "tools"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    toc = "format: jb-book\nroot: book/setup\nchapters: [{file: notebooks/04_attention}]\n"
+    (tmp_path / "_toc.yml").write_text(toc)
+    config = (ROOT / "_config.yml").read_text("utf-8")
+    config = config.replace('url: ""', f'url: "{setting}"')
+    (tmp_path / "_config.yml").write_text(config, "utf-8")
+    for name in ("gptlib", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", "--quiet"]
+    done = subprocess.run(
+        [*command, str(tmp_path), "--path-output", str(tmp_path)],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    page = tmp_path / "_build/html/notebooks/04_attention.html"
+    assert done.returncode == 0 and page.exists(), done.stderr[-2000:]
+    found = re.findall(
+        r'(?:href|og:image" content)="(https?://[^"]*)', page.read_text("utf-8")
+    )
+    ours = {a for a in found if re.search("colab|binder|owner", a)}
+    wanted = {
+        "https://colab.research.google.com/github/owner/name/blob/main/notebooks/04_attention.ipynb",
+        "https://mybinder.org/v2/gh/owner/name/main?urlpath=lab/tree/notebooks/04_attention.ipynb",
+        "https://github.com/owner/name/raw/main/book/_static/front.png",
+    }
+    assert ours == (wanted if setting else set())
+
+
 FOUND = "(document.querySelector('.search-summary') || {}).innerText || ''"
 HITS = "[...document.querySelectorAll('ul.search li > a')].map(a => a.href)"
 

@@ -47,6 +47,23 @@ def description_of(doctree: nodes.document | None) -> str:
     return text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
 
 
+def address_of_picture(config) -> str:
+    """The front page's figure, absolute as og:image must be; '' without an address."""
+    options = config.html_theme_options
+    if config.html_baseurl:
+        return config.html_baseurl.rstrip("/") + "/_static/front.png"
+    if url := options.get("repository_url"):
+        branch = options.get("repository_branch") or "main"
+        return f"{url.rstrip('/')}/raw/{branch}/book/_static/front.png"
+    return ""
+
+
+def launch_from_a_repository(app, config) -> None:
+    """Leave the launch buttons out where there is nothing to launch."""
+    if not config.html_theme_options.get("repository_url"):
+        config.html_theme_options.pop("launch_buttons", None)
+
+
 def prepare_page(app, pagename, templatename, context, doctree) -> None:
     kept, seen = [], set()
     for script in context.get("script_files", ()):
@@ -61,9 +78,8 @@ def prepare_page(app, pagename, templatename, context, doctree) -> None:
     text = description_of(doctree)
     if text:
         tags["og:description"] = text
-    base = app.config.html_baseurl
-    if base and Path(app.srcdir, "book/_static/front.png").exists():
-        tags["og:image"] = f"{base.rstrip('/')}/_static/front.png"
+    if picture := address_of_picture(app.config):
+        tags["og:image"] = picture
     lines = [
         f'<meta property="{k}" content="{html.escape(v)}"/>' for k, v in tags.items()
     ]
@@ -141,6 +157,7 @@ def redirect(title: str, text: str) -> str:
 
 
 def setup(app) -> dict:
+    app.connect("config-inited", launch_from_a_repository)
     app.connect("html-page-context", prepare_page, priority=900)
     app.connect("build-finished", prune, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
