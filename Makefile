@@ -84,7 +84,7 @@ format: $(VENV)/.complete
 
 lab: $(VENV)/.complete
 	$(PY) tools/lab.py
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/lab/00_start.ipynb --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/lab/00_start.ipynb --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 
 clean:
 	rm -rf _build runs/cache

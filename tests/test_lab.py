@@ -131,12 +131,6 @@ def test_start_page_opens(lab):
     )
     titles = "[...document.querySelectorAll('.jp-Notebook h1')].map(h => h.innerText)"
     assert "How GPT works" in wait(lab, titles)[0]
-    assert (
-        lab.js(
-            "document.querySelectorAll('.jp-toastContainer, .Toastify__toast').length"
-        )
-        == 0
-    )
 
 
 def test_repository_root_lists_files_and_opens_a_notebook(lab, address):
