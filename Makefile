@@ -57,7 +57,7 @@ pytest: $(VENV)/.complete
 	$(PY) -m pytest --ignore=tests/test_site.py
 
 notebooks: $(VENV)/.complete
-	$(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 -p no:cacheprovider notebooks
+	$(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=1800 -p no:cacheprovider notebooks
 
 site: $(VENV)/.complete
 	$(PY) tools/plain.py

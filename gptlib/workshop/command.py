@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gptlib
+
 
 COMMANDS = {  # name: module with its main, what it does
     "pretrain": ("pretraining", "train a GPT, or go on with an unfinished run"),
@@ -77,7 +79,7 @@ HELP = {  # topic: the classes whose fields are its options
 
 def source(module: str) -> str:
     """The text of a module of gptlib."""
-    path = Path(__file__).parents[1] / (module.replace(".", "/") + ".py")
+    path = Path(gptlib.__file__).parent / (module.replace(".", "/") + ".py")
     return path.read_text(encoding="utf-8")
 
 
