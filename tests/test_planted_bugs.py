@@ -118,7 +118,7 @@ BUGS = [
     Bug("perplexity to base 2", "objective", "return math.exp(loss)", "return 2**loss", "objective::units"),
     Bug("nats called bits", "objective", " / math.log(2) / text_bytes", " / text_bytes", "objective::units"),
     Bug("vectors decay", "objective", '"weight_decay": 0.0', '"weight_decay": weight_decay', "objective::a_step_with_zero_gradient_decays_matrices_and_spares_vectors"),
-    Bug("Muon without decay", "objective", "lr=0.0, weight_decay=weight_decay", "lr=0.0, weight_decay=0.0", "objective::a_step_with_zero_gradient_decays_matrices_and_spares_vectors"),
+    Bug("Muon without decay", "objective", "        weight_decay=weight_decay,\n        momentum", "        weight_decay=0.0,\n        momentum", "objective::a_step_with_zero_gradient_decays_matrices_and_spares_vectors"),
     Bug("betas of AdamW ignored", "objective", "return torch.optim.AdamW(groups, lr=0.0, betas=betas", "return torch.optim.AdamW(groups, lr=0.0", "objective::the_settings_reach_the_optimiser"),
     Bug("warm-up begins at 0", "objective", "(step + 1) / warmup_steps\n    if", "step / warmup_steps\n    if", RATES),
     Bug("cosine climbs again after decay_steps", "objective", "if step >= decay_steps", "if step > 10 * decay_steps", RATES),
@@ -132,7 +132,7 @@ BUGS = [
     Bug("every process reads the same crops", "batches", "first, stride = rank *", "first, stride = 0 *", "batches::batch_does_not_depend_on_micro_batch_or_world_size"),
     Bug("a mark's own window given to the document before", "batches", 'side="right"', 'side="left"', "batches::with_a_mark_a_window_begins_where_its_document_does"),
     Bug("text before the first mark never read", "batches", "np.union1d([0], ", "np.union1d([], ", "batches::with_a_mark_a_window_begins_where_its_document_does"),
-    Bug("last pair dropped", "batches", "        ahead = pair\n    if ahead is not None", "        ahead = pair\n    if False", "batches::to_device_keeps_order_and_stays_one_ahead"),
+    Bug("last pair dropped", "batches", "        ahead = batch\n    if ahead is not None", "        ahead = batch\n    if False", "batches::to_device_keeps_order_and_stays_one_ahead"),
     # training
     Bug("accumulation adds instead of averaging", "training", "module(*batch) / n ", "module(*batch) ", MEAN),
     Bug("loss of the last micro-batch logged", "training", "loss += part.detach()", "loss = part.detach() * n", MEAN),
