@@ -120,9 +120,8 @@ def test_search_index_knows_a_heading_for_what_people_look_for():
 def test_the_site_and_its_pages_are_light():
     files = {path: path.stat().st_size for path in SITE.rglob("*") if path.is_file()}
     files.pop(SITE / "book.pdf", None)  # no page loads it
-    model = files.pop(SITE / "_static/gpt/weights.js")  # fetched on demand
-    assert model <= 2.5e6 and sum(files.values()) <= 15.5e6
-    heavy = {name_of(p): files[p] for p in PAGES if files[p] > 800_000}
+    assert sum(files.values()) < 15e6
+    heavy = {name_of(p): files[p] for p in PAGES if files[p] > 700_000}
     assert heavy == {}
 
 

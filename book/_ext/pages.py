@@ -15,9 +15,11 @@ from pathlib import Path
 from docutils import nodes
 
 
-MATHJAX = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")
+MATHJAX = ("tex-chtml.js", "output/chtml/fonts/woff-v2")
 UNUSED = (
-    "mathjax/input/tex/extensions/all-packages.js",
+    "mathjax/output/chtml/fonts/woff-v2/*_Fraktur-*",
+    "mathjax/output/chtml/fonts/woff-v2/*_SansSerif-*",
+    "mathjax/output/chtml/fonts/woff-v2/*_Script-*",
     "styles/*.map",
     "scripts/*.map",
     "locales",
@@ -31,6 +33,13 @@ UNUSED_FONTS = (
     "webfonts/*.ttf",
     "webfonts/fa-[brv]*",
 )  # solid stays
+# spans that pygments.css gives the colour of plain code: a fifth of a page of code
+PLAIN_CODE = re.compile(r'<span class="(?:n|nn|nx|p|pm|w)">([^<]*)</span>')
+PLAIN_SIGNATURE = re.compile(
+    r'<span class="[npw]">(<span class="pre">[^<]*</span>)</span>'
+)
+AS_WRITTEN = re.compile(r"(<pre.*?</pre>|<script.*?</script>)", re.DOTALL)
+INDENT = re.compile(r"\n\s+")
 FONT_SCRIPT = re.compile(r'\s*<script src="[^"]*fontawesome[^"]*\.js[^"]*"></script>')
 CONTENT_ID = re.compile(r'<section id="((?:exercise|solution)-content)">')
 THEBE_STYLE = re.compile(r"\s*<link [^>]*sphinx-thebe[^>]*>")
@@ -123,6 +132,11 @@ def prune(app, exception) -> None:
         shorter = text
         for unused in (FONT_PRELOAD, FONT_SCRIPT, THEBE_STYLE):
             shorter = unused.sub("", shorter)
+        for plain in (PLAIN_CODE, PLAIN_SIGNATURE):
+            shorter = plain.sub(r"\1", shorter)
+        parts = AS_WRITTEN.split(shorter)
+        parts[::2] = [INDENT.sub("\n", part) for part in parts[::2]]
+        shorter = "".join(parts)
         # one name for every exercise of a page is no name
         shorter = CONTENT_ID.sub(r'<section class="\1">', shorter)
         if page.name == "index.html" and "<title>" not in text and len(text) < 200:
