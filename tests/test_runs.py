@@ -753,9 +753,10 @@ def test_the_first_process_decides_which_checkpoint_is_taken(config, tmp_path):
 
     out = options(tmp_path / "run", save_minutes=0, max_steps=3, keep=3)
     run_training(config, out)
-    second = runs.Leg(config, out, Second(rank=1), plain_loss, load_run)
+    hooks = plain_loss, load_run, runs.open_corpus
+    second = runs.Leg(config, out, Second(rank=1), *hooks)
     assert second.state.step == 2 and second.journal is None
-    first = runs.Leg(config, out, Processes(), plain_loss, load_run)
+    first = runs.Leg(config, out, Processes(), *hooks)
     first.journal.close()
     assert first.state.step == 3
 
