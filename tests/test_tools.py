@@ -353,6 +353,8 @@ def test_weave_elsewhere_executes_where_readers_do(book):
 def test_weave_refuses_paths_of_this_machine(book):
     edit(book / "book/chapters/01_one.md", 'print("solved")', f"print({str(book)!r})")
     assert "folder of this machine" in run(book, "weave").stderr
+    # a reader's own build stays with the reader: `make book` after a finished run
+    assert run(book, "weave", "--to", "_build/nb").returncode == 0
 
 
 # --------------------------------------------- nothing a reader writes is lost

@@ -203,13 +203,19 @@ def execute(notebook: Notebook, folder: Path) -> None:
     except CellExecutionError as error:
         raise ManuscriptError(f"a cell failed:\n{error}") from None
     notebook.metadata["language_info"] = {"name": "python"}
-    places = [place for place in (str(ROOT), str(Path.home())) if len(place) > 5]
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for number, cell in enumerate(code, start=1):
         cell.execution_count = number
         for output in cell.outputs:
             if "execution_count" in output:
                 output["execution_count"] = number
+
+
+def refuse_places(notebook: Notebook) -> None:
+    """What is committed names no folder of the machine that made it."""
+    places = [place for place in (str(ROOT), str(Path.home())) if len(place) > 5]
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        for output in cell.outputs:
             if found := [place for place in places if place in str(output)]:
                 raise ManuscriptError(
                     f"an output names a folder of this machine: {found[0]}; "
@@ -237,6 +243,8 @@ def weave(chapter: Chapter, path: Path, forced: bool, text_only: bool) -> str:
         home = (NOTEBOOKS / chapter.notebook_path).parent
         home.mkdir(parents=True, exist_ok=True)
         execute(fresh, home)
+        if path.is_relative_to(NOTEBOOKS):
+            refuse_places(fresh)
         done = f"{time.perf_counter() - began:.1f} s"
     temporary = path.with_suffix(".part")  # by rename: an interruption loses nothing
     nbformat.write(fresh, temporary)
