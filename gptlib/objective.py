@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from gptlib.workshop.muon import Muon
+
 
 def perplexity(loss: float) -> float:
     """e to the loss (nats per token): an even choice among this many tokens."""
@@ -115,20 +117,13 @@ def make_muon(
     """Muon for the matrices of the blocks (`model.h`), AdamW for everything else.
 
     Both take the same rate, 0 at first, which is set before every step.
-    Sources: Jordan et al. 2024; Liu et al. 2025 (the scale).
     """
     inner = [p for p in model.get_submodule("h").parameters() if p.dim() == 2]
     taken = {id(p) for p in inner}
     groups = parameter_groups(model, weight_decay)
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in taken]
-    muon = torch.optim.Muon(
-        inner,
-        lr=0.0,
-        weight_decay=weight_decay,
-        momentum=0.95,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    muon = Muon(inner, weight_decay)
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
     return CombinedOptimizer(muon, adamw)
 

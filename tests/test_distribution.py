@@ -93,8 +93,7 @@ def test_each_process_takes_a_card_of_its_own(monkeypatch):
     assert process_device("cuda:1").index == 1 and process_device("cpu") == CPU
 
 
-# without zero_projections, whose first gradients are rounding that Muon makes large;
-# Muon multiplies in bf16, so its weights agree to that, and the losses to fp32
+# without zero_projections, whose first gradients are rounding that Muon makes large
 FAST = {"optimizer": "muon", "schedule": "trapezoid"}
 
 

@@ -118,7 +118,7 @@ BUGS = [
     Bug("perplexity to base 2", "objective", "return math.exp(loss)", "return 2**loss", "objective::units"),
     Bug("nats called bits", "objective", " / math.log(2) / text_bytes", " / text_bytes", "objective::units"),
     Bug("vectors decay", "objective", '"weight_decay": 0.0', '"weight_decay": weight_decay', "objective::a_step_with_zero_gradient_decays_matrices_and_spares_vectors"),
-    Bug("Muon without decay", "objective", "        weight_decay=weight_decay,\n        momentum", "        weight_decay=0.0,\n        momentum", "objective::a_step_with_zero_gradient_decays_matrices_and_spares_vectors"),
+    Bug("Muon without decay", "objective", "Muon(inner, weight_decay)", "Muon(inner, 0.0)", "objective::a_step_with_zero_gradient_decays_matrices_and_spares_vectors"),
     Bug("betas of AdamW ignored", "objective", "return torch.optim.AdamW(groups, lr=0.0, betas=betas", "return torch.optim.AdamW(groups, lr=0.0", "objective::the_settings_reach_the_optimiser"),
     Bug("warm-up begins at 0", "objective", "(step + 1) / warmup_steps\n    if", "step / warmup_steps\n    if", RATES),
     Bug("cosine climbs again after decay_steps", "objective", "if step >= decay_steps", "if step > 10 * decay_steps", RATES),
