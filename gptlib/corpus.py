@@ -290,7 +290,10 @@ def load_corpus(name: str) -> Corpus:
         if path.is_file():
             return text_file(path, name, _key(name, [path]))
         if path.is_dir():
-            key = _key(name, sorted(p for p in path.rglob("*") if p.is_file()))
+            files = sorted(p for p in path.rglob("*") if p.is_file())
+            if not files:
+                raise CorpusError(f"{path} is empty; give a dataset folder or a file")
+            key = _key(name, files)
             cache = cache_dir() / "datasets" / key
             readers = partial(read_dataset, name, str(path), config or None, cache)
             return Corpus(name, readers, key=key, hold_out=True)

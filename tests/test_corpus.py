@@ -170,6 +170,11 @@ def test_folder_without_a_text_column(tmp_path, monkeypatch):
         list(load_corpus(str(tmp_path / "data")).pieces("train"))
 
 
+def test_empty_folder(tmp_path):
+    with pytest.raises(CorpusError, match="is empty; give a dataset folder or a file"):
+        load_corpus(str(tmp_path))
+
+
 def test_folder_with_titles_and_a_rewritten_file(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTLIB_RUNS", str(tmp_path / "runs"))
     write_dataset(
