@@ -429,6 +429,12 @@ def all_protocols(
     return results
 
 
+def evaluation_of(values: dict) -> Evaluation:
+    """The inverse of `dataclasses.asdict`, lists for tuples."""
+    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+    return Evaluation(**values | lists)
+
+
 def protocol_table(results: dict[str, Evaluation]) -> str:
     """Each way in a line: tokens counted, then perplexities."""
     lines = [f"{'perplexity':33} {'tokens':>8} {'token':>8} {'word':>8} {'plain':>8}"]
@@ -438,12 +444,6 @@ def protocol_table(results: dict[str, Evaluation]) -> str:
             f"{name:33} {sum(e.tokens):8,} " + " ".join(f"{v:8.1f}" for v in values)
         )
     return "\n".join(lines)
-
-
-def evaluation_of(values: dict) -> Evaluation:
-    """The inverse of `dataclasses.asdict`, lists for tuples."""
-    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-    return Evaluation(**values | lists)
 
 
 def read_evaluation(path: Path | str) -> Evaluation:

@@ -220,7 +220,7 @@ ROWS = [
     "",
     " = Ferry = \n",
     "",
-    " A ferry , built in 1 @,@ 906 , was \" slow \" . \n",
+    ' A ferry , built in 1 @,@ 906 , was " slow " . \n',
     " It ran . \n",
     "",
     " = = Crew = = \n",
@@ -241,7 +241,10 @@ ROWS = [
         (" 1 @,@ 906 @.@ 5 , well @-@ known . \n", "1,906.5, well-known.\n"),
         (" ( 24 in ) and [ sic ] ; why ? ", "(24 in) and [sic]; why?"),
         (' " lobster red " on \n', '"lobster red" on\n'),
-        (" Bob 's , the boys ' , the ' 70s , ' soft ' . ", "Bob's, the boys', the '70s, 'soft'."),
+        (
+            " Bob 's , the boys ' , the ' 70s , ' soft ' . ",
+            "Bob's, the boys', the '70s, 'soft'.",
+        ),
         (" = = Description = = \n", "== Description ==\n"),
         (" 57 ° 53 N \n", "57°53 N\n"),
         ("", ""),
@@ -277,7 +280,11 @@ def test_each_layout_has_the_text_and_the_words_of_the_source():
         joined = lay_out(pieces, BYTES, layout, detokenised=True)
         assert joined.record == split.record and len(joined) < len(split)
     cut = lay_out(pieces, BYTES, "file", max_tokens=20)
-    assert cut.record == {} and len(cut) == 22 and (cut.ids[1:21] == lay_out(pieces, BYTES, "file").ids[1:21]).all()
+    assert (
+        cut.record == {}
+        and len(cut) == 22
+        and (cut.ids[1:21] == lay_out(pieces, BYTES, "file").ids[1:21]).all()
+    )
     for wrong in ({"layout": "lines"}, {"max_tokens": 0}):
         with pytest.raises(ValueError, match="choose one of articles, rows"):
             lay_out(pieces, BYTES, **wrong)
@@ -366,7 +373,11 @@ def test_layouts_of_the_real_validation_split(wikitext):
     for layout, tokens in scored.items():
         split = lay_out(pieces, gpt2, layout)
         assert (split.ids != split.end_of_text).sum() == tokens, layout
-        assert split.record == {"words": 213_886, "lines": 3_760, "text_bytes": 1_139_711}
+        assert split.record == {
+            "words": 213_886,
+            "lines": 3_760,
+            "text_bytes": 1_139_711,
+        }
     joined = lay_out(pieces, gpt2, detokenised=True)
     assert (joined.ids != joined.end_of_text).sum() == 235_823
     split = load_tokens(WIKITEXT, gpt2).split("validation")
