@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +21,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from gptlib import GptlibError
-from gptlib.corpus import load_corpus
+from gptlib.corpus import Piece, load_corpus
 from gptlib.gpt import GPT
 from gptlib.objective import bits_per_byte, perplexity
 from gptlib.tokenizer import Tokenizer
+from gptlib.training import TrainConfig
+from gptlib.workshop.devices import pick_device
 from gptlib.workshop.files import write_whole
-from gptlib.workshop.runs import load_run
+from gptlib.workshop.runs import Run, load_run
 from gptlib.workshop.tinywiki import TinyWiki
 from gptlib.workshop.token_files import TokenSplit, load_tokens
 from gptlib.workshop.watching import errors_in_one_line
@@ -140,6 +143,7 @@ class Evaluation:
     floor: float | None = None  # TinyWiki's entropy in nats per token, if it is that
     blocks: tuple[float, ...] = ()  # mean loss of each stretch of `context` tokens
     separate: bool = False  # each document was read without the one before it
+    lines: int = 0  # of the words: line ends
 
     @property
     def nats_per_token(self) -> float:
@@ -152,6 +156,11 @@ class Evaluation:
     @property
     def word_perplexity(self) -> float:
         return perplexity(math.fsum(self.nats) / self.words)
+
+    @property
+    def plain_word_perplexity(self) -> float:
+        """Per word, line ends not counted as words."""
+        return perplexity(math.fsum(self.nats) / (self.words - self.lines))
 
     @property
     def bits_per_byte(self) -> float:
@@ -208,20 +217,24 @@ def evaluate(
     separate: bool = False,
     batch_size: int = 8,
     max_documents: int | None = None,
+    padded: bool = False,
+    window_means: bool = False,
     progress: bool = False,
 ) -> Evaluation:
     """Evaluate a model on a split of a token file.
 
     separate: read each document without the ones before it. max_documents: only the
-    first so many. Raises EvaluationError for an empty split, a protocol that does not
-    fit, and losses that are not finite.
+    first so many. padded: read each document alone, filled up with marks, and count
+    these too. window_means: the mean of the windows' means, as some programs have it.
+    Raises EvaluationError for an empty split, a protocol that does not fit, and losses
+    that are not finite.
     """
     context, stride = protocol(model, context, stride)
+    separate = separate or padded
     ids = np.asarray(split.ids)
-    marks = np.flatnonzero(ids == split.end_of_text)
-    lines = split.record.get("lines")
+    marks, record = np.flatnonzero(ids == split.end_of_text), split.record
     if max_documents is not None and max_documents < len(marks) - 1:
-        marks, lines = marks[: max(0, max_documents) + 1], None
+        marks, record = marks[: max(0, max_documents) + 1], {}
         ids = ids[: marks[-1] + 1]
     if len(ids) - len(marks) < 1:
         raise EvaluationError(
@@ -231,18 +244,25 @@ def evaluate(
     spans = list(zip(marks[:-1], marks[1:] + 1, strict=True))  # both marks included
     options = {"context": context, "stride": stride, "batch_size": batch_size}
     parts = [ids[a:b] for a, b in spans] if separate else [ids]
-    losses = np.concatenate(
-        [token_losses(model, part, progress=progress, **options) for part in parts]
-    )  # losses[i] belongs to token i + 1
+    if padded:
+        parts = [np.pad(x, (0, (1 - len(x)) % context), mode="edge") for x in parts]
+    found = [token_losses(model, part, progress=progress, **options) for part in parts]
+    if window_means:
+        found = [mean_of_windows(each, context, stride) for each in found]
+    losses = np.concatenate(found)  # losses[i] belongs to token i + 1
     if not np.isfinite(losses).all():
         raise EvaluationError(
             f"{corpus}, split {name}: the loss is not finite; the weights of step "
             f"{step} are damaged or diverged: evaluate another checkpoint (--which)"
         )
     own = [losses[a : b - 2] for a, b in spans]  # without the mark at the end
+    own = found if padded else own
     texts = [tokenizer.decode_bytes(ids[a + 1 : b - 1].tolist()) for a, b in spans]
-    if lines is None:
-        lines = sum(text.count(b"\n") for text in texts)
+    counted = {
+        "lines": sum(text.count(b"\n") for text in texts),
+        "words": sum(len(text.split()) for text in texts),
+        "text_bytes": sum(map(len, texts)),
+    } | record
     tokens = tuple(map(len, own))
     floor = None
     if corpus == "tinywiki":
@@ -256,12 +276,20 @@ def evaluate(
         step=step,
         nats=tuple(math.fsum(part) for part in own),
         tokens=tokens,
-        text_bytes=sum(map(len, texts)),
-        words=sum(len(text.split()) for text in texts) + lines,
+        text_bytes=counted["text_bytes"],
+        words=counted["words"] + counted["lines"],
         floor=floor,
         blocks=tuple(whole.mean(1).tolist()),
         separate=separate,
+        lines=counted["lines"],
     )
+
+
+def mean_of_windows(losses: np.ndarray, context: int, stride: int) -> np.ndarray:
+    """All losses replaced by the mean of the windows' means."""
+    spans = windows(len(losses) + 1, context, stride)
+    means = [losses[first - 1 : stop].mean() for _, stop, first in spans]
+    return np.full(len(losses), np.mean(means))
 
 
 def tinywiki_floor(split: str, documents: int) -> float:
@@ -270,12 +298,158 @@ def tinywiki_floor(split: str, documents: int) -> float:
     return math.fsum(article.nats_floor for article, _ in articles)
 
 
+DETOKENISE = (  # pattern and replacement, in this order
+    (r" ' (?=\d)", " '"),  # the ' 70s
+    (r"(?<= )' (\w[^'\n]*) '(?=\s)", r"'\1'"),
+    (r"s '(?=\s)", "s'"),
+    (r" 's\b", "'s"),
+    (r" @([-,.])@ ", r"\1"),  # well @-@ known, 1 @,@ 000, 0 @.@ 5
+    (r" ([.,:;!?])(?=\s)", r"\1"),
+    (r"([(\[{]) ", r"\1"),
+    (r" ([)\]}])", r"\1"),
+    (r'" ?([^"\n]*?) ?"', r'"\1"'),
+    (r" ° ", "°"),
+    (r"= (?==)", "="),  # signs around a heading
+    (r"(?m)^ | $", ""),
+)
+
+
+def detokenise(text: str) -> str:
+    """WikiText's words and signs joined again: `1 @,@ 000 .` becomes `1,000.`
+
+    Kinds of rules as in Megatron-LM (NVIDIA, tasks/zeroshot_gpt/detokenizer.py), where
+    quotes may run over lines and a capital N becomes 1; here neither.
+    """
+    for pattern, replacement in DETOKENISE:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+HEADING = re.compile(r" (= )+[^=].*( =)+ \n")
+
+
+def rows_of(piece: Piece) -> list[str]:
+    """The rows of a WikiText article, the blank ones put back as empty strings.
+
+    There is one before and after each heading; the others are at the end.
+    """
+    rows: list[str] = []
+    for row in re.findall(r"[^\n]*\n|[^\n]+", piece.text):
+        rows += ["", row, ""] if HEADING.fullmatch(row) else [row]
+    rows = rows[1:] if rows and not rows[0] else rows  # it is the last article's
+    while len(rows) > piece.lines and not rows[-1]:
+        rows.pop()
+    return rows + [""] * (piece.lines - len(rows))
+
+
+LAYOUTS = ("articles", "rows", "file", "spaced")
+LAID = ("layout", "detokenised", "max_tokens")  # options of `lay_out`
+
+
+def lay_out(
+    pieces: Iterable[Piece],
+    tokenizer: Tokenizer,
+    layout: str = "articles",
+    *,
+    detokenised: bool = False,
+    max_tokens: int | None = None,
+) -> TokenSplit:
+    """A split in memory, its text laid out in one of four ways.
+
+    articles: a mark before each document, as in a token file. rows: before each row
+    that is not blank. file: one text, with blank lines as in WikiText's file. spaced:
+    one text, with two line ends more after each row. Words and bytes are counted before
+    detokenising, but if there are only the first `max_tokens`, in these.
+    """
+    if layout not in LAYOUTS or (max_tokens is not None and max_tokens < 1):
+        raise EvaluationError(
+            f"layout is {layout!r}, max_tokens {max_tokens}; choose one of "
+            f"{', '.join(LAYOUTS)}, and at least 1 token"
+        )
+    documents: list[list[str]] = []
+    record = dict.fromkeys(("words", "lines", "text_bytes"), 0)
+    for piece in pieces:
+        record["words"] += len(piece.text.split())
+        record["lines"] += piece.lines
+        record["text_bytes"] += len(piece.text.encode())
+        rows = rows_of(piece)
+        if piece.starts or not documents:
+            documents.append([])
+        documents[-1] += map(detokenise, rows) if detokenised else rows
+    rows = [row for document in documents for row in document]
+    blank = "\n" if detokenised else " \n"
+    texts = {
+        "articles": ["".join(document) for document in documents],
+        "rows": [row for row in rows if row.strip()],
+        "file": ["".join(row or blank for row in rows)],
+        "spaced": ["\n\n".join(rows)],
+    }[layout]
+    mark = tokenizer.end_of_text
+    ids = [mark]
+    for text in texts:
+        ids += [*tokenizer.encode(text), mark]
+    if max_tokens is not None and max_tokens < len(ids) - 2:
+        ids, record = [*ids[: max_tokens + 1], mark], {}
+    return TokenSplit(np.array(ids), record, mark)
+
+
+def protocols(context: int) -> dict[str, dict]:
+    """Ways of counting that are in use: the options of `lay_out` and `evaluate`."""
+    file = {"layout": "file"}
+    start = {**file, "stride": min(32, context), "max_tokens": 8192}
+    return {
+        "articles with marks": {},
+        "each article alone": {"separate": True},
+        "... filled up, all counted": {"padded": True},
+        "each row alone": {"layout": "rows", "separate": True},
+        "rows with two line ends more": {"layout": "spaced"},
+        "the file": file,
+        "... stride of half a context": {**file, "stride": max(1, context // 2)},
+        "... stride 32, first 8,192 tokens": start,
+        "... and means of windows": {**start, "window_means": True},
+        "detokenised, the file": {**file, "detokenised": True},
+        "detokenised, each article alone": {"separate": True, "detokenised": True},
+    }
+
+
+def all_protocols(
+    model: GPT, pieces: Iterable[Piece], tokenizer: Tokenizer, **options
+) -> dict[str, Evaluation]:
+    """A text evaluated in each of the ways in use; documents are put together."""
+    pieces, results = list(pieces), {}
+    context, _ = protocol(model, options.get("context"), None)
+    for name, way in protocols(context).items():
+        laid = {key: way.pop(key) for key in LAID if key in way}
+        split = lay_out(pieces, tokenizer, **laid)
+        found = evaluate(model, split, tokenizer, **options | way)
+        nats, tokens = math.fsum(found.nats), sum(found.tokens)
+        results[name] = dataclasses.replace(
+            found, nats=(nats,), tokens=(tokens,), blocks=()
+        )
+    return results
+
+
+def evaluation_of(values: dict) -> Evaluation:
+    """The inverse of `dataclasses.asdict`, lists for tuples."""
+    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+    return Evaluation(**values | lists)
+
+
+def protocol_table(results: dict[str, Evaluation]) -> str:
+    """Each way in a line: tokens counted, then perplexities."""
+    lines = [f"{'perplexity':33} {'tokens':>8} {'token':>8} {'word':>8} {'plain':>8}"]
+    for name, e in results.items():
+        values = e.perplexity, e.word_perplexity, e.plain_word_perplexity
+        lines.append(
+            f"{name:33} {sum(e.tokens):8,} " + " ".join(f"{v:8.1f}" for v in values)
+        )
+    return "\n".join(lines)
+
+
 def read_evaluation(path: Path | str) -> Evaluation:
     """What `--out` wrote. Raises EvaluationError if it is not an evaluation."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-        return Evaluation(**values | lists)
+        return evaluation_of(json.loads(Path(path).read_text(encoding="utf-8")))
     except (TypeError, AttributeError, json.JSONDecodeError):
         raise EvaluationError(
             f"{path}: not an evaluation; write one with `gptlib evaluate --out`"
@@ -286,53 +460,107 @@ def read_evaluation(path: Path | str) -> Evaluation:
 class EvaluationOptions:
     """Evaluate a trained model on every token of a split."""
 
-    run: Path  # the --out folder of a training run
+    run: Path | None = None  # the --out folder of a training run
+    weights: str | None = None  # or a transformers model, such as gpt2
     corpus: str | None = None  # default: the corpus it was trained on
     split: str = "validation"
     which: str = "best"  # checkpoint: best or last
     context: int | None = None  # tokens; default: the model's block_size
     stride: int | None = None  # tokens; default: context
     separate: bool | None = None  # each document apart; default: as in training
-    batch_size: int = 8
+    layout: str = "articles"  # or rows, file, spaced: what is a document
+    detokenised: bool = False  # WikiText's words and signs joined again
+    padded: bool = False  # documents filled up with marks, all counted
+    window_means: bool = False  # the mean of the windows' means
+    max_tokens: int | None = None  # only the first so many
     max_documents: int | None = None  # only the first so many
+    all_protocols: bool = False  # a table of the ways of counting in use
+    batch_size: int = 8
     device: str = "auto"
     out: Path | None = None  # write the losses of each document here, as JSON
 
 
-def evaluate_run(options: EvaluationOptions, *, progress: bool = True) -> Evaluation:
-    """Evaluate as the command line does. Raises GptlibError's subclasses."""
-    run = load_run(options.run, options.which, device=options.device)
+Weights = Callable[[str], tuple[GPT, Tokenizer]]
+
+
+def open_model(options: EvaluationOptions, open_weights: Weights | None) -> Run:
+    """The run, or the weights, that the command line names."""
+    if (options.run is None) == (options.weights is None):
+        raise EvaluationError("give either --run FOLDER or --weights NAME")
+    if options.run:
+        return load_run(options.run, options.which, device=options.device)
+    if open_weights is None:
+        raise EvaluationError("--weights is an option of the command `gptlib evaluate`")
+    model, tokenizer = open_weights(str(options.weights))
+    model = model.to(pick_device(options.device)).eval()
+    config = TrainConfig(model.config)  # its corpus: WikiText-103
+    return Run(Path(str(options.weights)), model, tokenizer, config, step=0)
+
+
+def settings_of(options: EvaluationOptions, run: Run, *names: str) -> dict:
+    """What `evaluate` gets from the command line, without a corpus's text."""
     protocol(run.model, options.context, options.stride)  # before the corpus is read
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-    separate = options.separate
-    if separate is None:
-        separate = run.config.crops == "documents"
     corpus = options.corpus or run.config.corpus
-    tokens = load_tokens(load_corpus(corpus), run.tokenizer, progress=progress)
-    result = evaluate(
-        run.model,
-        tokens.split(options.split),
-        run.tokenizer,
-        corpus=corpus,
-        name=options.split,
-        step=run.step,
-        context=options.context,
-        stride=options.stride,
-        separate=separate,
-        batch_size=options.batch_size,
-        max_documents=options.max_documents,
-        progress=progress,
-    )
+    named = {name: getattr(options, name) for name in ("context", "batch_size", *names)}
+    return {"corpus": corpus, "name": options.split, "step": run.step} | named
+
+
+def evaluate_run(
+    options: EvaluationOptions,
+    *,
+    open_weights: Weights | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Evaluate as the command line does. Raises GptlibError's subclasses.
+
+    open_weights: opens what `--weights` names.
+    """
+    run = open_model(options, open_weights)
+    names = ("stride", "separate", "max_documents", "padded", "window_means")
+    settings = settings_of(options, run, *names) | {"progress": progress}
+    if settings["separate"] is None:
+        settings["separate"] = run.config.crops == "documents"
+    corpus = load_corpus(settings["corpus"])
+    laid = {name: getattr(options, name) for name in LAID}
+    if options.run and list(laid.values()) == ["articles", False, None]:
+        tokens = load_tokens(corpus, run.tokenizer, progress=progress)
+        split = tokens.split(options.split)
+    else:  # no other split is read
+        split = lay_out(corpus.pieces(options.split), run.tokenizer, **laid)
+    result = evaluate(run.model, split, run.tokenizer, **settings)
     if options.out:
         write_whole(options.out, json.dumps(dataclasses.asdict(result)) + "\n")
     return result
 
 
-def main() -> None:
+def evaluate_protocols(
+    options: EvaluationOptions,
+    *,
+    open_weights: Weights | None = None,
+    progress: bool = True,
+) -> dict[str, Evaluation]:
+    """`--all-protocols`: one model on one split, counted in each way in use."""
+    run = open_model(options, open_weights)
+    settings = settings_of(options, run) | {"progress": progress}
+    pieces = load_corpus(settings["corpus"]).pieces(options.split)
+    results = all_protocols(run.model, pieces, run.tokenizer, **settings)
+    if options.out:
+        stored = {name: dataclasses.asdict(one) for name, one in results.items()}
+        write_whole(options.out, json.dumps(stored, indent=1) + "\n")
+    return results
+
+
+def main(open_weights: Weights | None = None) -> None:
     """`gptlib evaluate --run RUN`."""
     with errors_in_one_line():
-        print(evaluate_run(tyro.cli(EvaluationOptions)))
+        options = tyro.cli(EvaluationOptions)
+        if options.all_protocols:
+            results = evaluate_protocols(options, open_weights=open_weights)
+            print(protocol_table(results))
+        else:
+            print(evaluate_run(options, open_weights=open_weights))
 
 
 if __name__ == "__main__":

@@ -5,26 +5,34 @@ Tangled from book/chapters/14_pretraining.md; change it there, not here.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import pstdev
 from typing import Annotated
 
 import torch
 import tyro
 
 from gptlib import GptlibError
+from gptlib.batches import Batches
+from gptlib.corpus import load_corpus
+from gptlib.evaluation import evaluate
 from gptlib.exchange import import_model
 from gptlib.speed import fast_loss
 from gptlib.training import (
     PRESETS,
+    Precision,
     TrainConfig,
     TrainState,
     WithLoss,
     fit_micro_batch,
     fresh_model,
     optimizer_of,
+    plain_loss,
     training_step,
+    validation_loss,
 )
 from gptlib.workshop.devices import (
     describe_machine,
@@ -43,6 +51,7 @@ from gptlib.workshop.runs import (
     load_run,
     run_training,
 )
+from gptlib.workshop.token_files import load_tokens
 from gptlib.workshop.watching import errors_in_one_line
 
 
@@ -163,6 +172,34 @@ def plan(config: TrainConfig, options: RunOptions, *, seconds: float = 20.0) -> 
     )
 
 
+REPORT = {"train": 3.648, "validation": 3.674}  # Zhou, Ling and Wu 2023, section 4
+CROPS = 1200  # of an evaluation there: 100 batches of 12
+
+
+def compare_with_report(run: Run) -> str:
+    """A run's losses beside the report's, by the report's protocol and by ours.
+
+    Its protocol: the mean over 1,200 random crops of a split. (Its training loss may be
+    that of 12 crops.) Ours: every token of the validation split once.
+    """
+    config, module = run.config, WithLoss(run.model, plain_loss)
+    block, corpus = config.model.block_size, config.corpus
+    tokens = load_tokens(load_corpus(corpus), run.tokenizer)
+    split = tokens.split("validation")
+    ours = evaluate(run.model, split, run.tokenizer, corpus=corpus, step=run.step)
+    error = 1.96 * pstdev(ours.blocks) / math.sqrt(CROPS)
+    head = f"nats per token, {Path(corpus).name}, step {run.step}"
+    lines = [f"{head:46} {'here':>7} {'report':>7}"]
+    for name, reported in REPORT.items():
+        batches = Batches(tokens.split(name).ids, CROPS, block, config.seed)
+        loss = validation_loss(module, batches, Precision(), 4)
+        what = f"{name}, {CROPS:,} random crops (± {error:.3f})"
+        lines.append(f"{what:46} {loss:7.3f} {reported:7.3f}")
+    low, high = ours.interval()
+    what = f"validation, every token ({low:.3f} to {high:.3f})"
+    return "\n".join([*lines, f"{what:46} {ours.nats_per_token:7.3f}       -"])
+
+
 @dataclass(frozen=True)
 class Pretrain:
     """Pretrain a GPT. On an unfinished --out the same command goes on."""
@@ -197,7 +234,10 @@ def main() -> None:
             return print(plan(config, command.run))
         if command.branch:
             config = branch_run(command.branch, command.run.out)
-        pretrain(config, command.run)
+        run = pretrain(config, command.run)
+        report = command.preset.startswith("tinytiny")
+        if run and report and run.step == config.steps:
+            print(compare_with_report(run))
 
 
 if __name__ == "__main__":

@@ -343,6 +343,45 @@ def test_init_from_a_run_and_from_a_transformers_folder(place):
     one_line(pretrain(place, "--out", "fifth", "--init", "./nowhere"), "no such folder")
 
 
+def test_weights_are_evaluated_as_the_run_that_they_came_from(place):
+    pytest.importorskip("transformers")
+    assert command(place, "export", "--run", "run", "--out", "hf-e").returncode == 0
+    shown = [
+        command(
+            place, "evaluate", *given, "--corpus", "text.txt", "--no-separate"
+        ).stdout
+        for given in (["--run", "run", "--which", "last"], ["--weights", "./hf-e"])
+    ]
+    assert shown[0].splitlines()[2:] == shown[1].splitlines()[2:] and shown[0]
+
+
+def test_every_protocol_in_one_table(place):
+    given = ["--run", "run", "--corpus", "text.txt", "--out", "ways.json"]
+    done = command(place, "evaluate", *given, "--all-protocols")
+    stored = json.loads((place / "ways.json").read_text())
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(stored) + 1 == 12, done.stderr
+    assert all(line.startswith(name) for line, name in zip(lines[1:], stored))
+    wrong = command(place, "evaluate", *given, "--layout", "lines")
+    one_line(wrong, "layout is 'lines'", "rows")
+
+
+def test_the_report_s_run_ends_beside_the_report(place):
+    given = ["--preset", "tinytiny", "--corpus", "text.txt", "--steps", "2"]
+    given += ["--tokenizer", "tokenizer.json", "--batch-size", "4", *SHAPE]
+    given += ["--precision", "fp32", "--no-progress", "--out", "paper"]
+    first = command(place, "pretrain", *given, "--max-steps", "1")
+    assert first.returncode == 0 and first.stdout == "", first.stderr  # not at its end
+    done = command(place, "pretrain", *given)
+    head, train, validation, ours = done.stdout.splitlines()
+    assert "text.txt, step 2" in head and "1,200 random crops" in train
+    assert train.endswith(" 3.648") and validation.endswith(" 3.674")
+    found = float(ours.split()[-2])
+    shown = command(place, "evaluate", "--run", "paper", "--which", "last").stdout
+    assert f"nats per token     {found:.3f}" in shown
+    assert abs(float(validation.split()[-2]) - found) < 0.05
+
+
 def test_lazy_names():
     import gptlib
 

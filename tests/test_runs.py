@@ -9,6 +9,7 @@ import math
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -660,6 +661,15 @@ def test_a_branch_equals_the_run_planned_for_its_length(config, tmp_path):
         branch_run(tmp_path / "long", tmp_path / "late")
     with pytest.raises(RunError, match="no branch of"):
         branch_run(tmp_path / "long", tmp_path / "planned")
+
+
+def test_the_ledgers_branches_end_within_the_spread_of_seeds():
+    path = Path(__file__).parents[1] / "ledger" / "branching" / "runs.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    gaps = [row["branch"] - row["planned"] for row in rows]
+    spread = statistics.stdev(row["planned"] for row in rows)
+    assert [row["seed"] for row in rows] == [1, 2, 3]
+    assert round(statistics.mean(gaps), 3) == 0.002 and round(spread, 3) == 0.014
 
 
 def test_only_a_trapezoid_branches(config, tmp_path):

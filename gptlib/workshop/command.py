@@ -162,7 +162,10 @@ def main() -> None:
     else:
         sys.argv[:2] = [f"gptlib {name}"] + ["--plan"] * (name == "plan")
     if name != "sample":
-        return importlib.import_module(f"gptlib.{COMMANDS[name][0]}").main()
+        module = importlib.import_module(f"gptlib.{COMMANDS[name][0]}")
+        if name != "evaluate":
+            return module.main()
+        return module.main(importlib.import_module("gptlib.exchange").import_model)
     import tyro
 
     from gptlib.workshop.watching import errors_in_one_line
