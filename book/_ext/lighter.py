@@ -1,4 +1,4 @@
-"""What the theme's style sheets hold for other sites: rules and icons that no page uses.
+"""The theme's style sheets without the rules and icons that no page of the book uses.
 
 A rule stays if the pages or their scripts name its classes. The font of icons keeps the
 icons that a style sheet still names.
@@ -14,8 +14,10 @@ from fontTools import subset  # matplotlib brings it
 
 
 WORD = re.compile(r"[\w-]+")
+SCRIPT = re.compile(r"<script(?![^>]*src)[^>]*>(.*?)</script>", re.DOTALL)
 CLASSES = re.compile(r'\b(?:class|id)="([^"]*)"')
-ICON = re.compile(r'\\(f[0-9a-f]{3})\b|([\uf000-\uf8ff])')  # as an escape, or itself
+ICON = re.compile(r"\\(f[0-9a-f]{3})\b|([\uf000-\uf8ff])")  # as an escape, or itself
+LICENCE = re.compile(r"/\*!.*?\*/", re.DOTALL)
 ICONS = "vendor/fontawesome/*"
 
 
@@ -26,7 +28,7 @@ def words_of(site: Path) -> set[str]:
         text = page.read_text(encoding="utf-8")
         for names in set(CLASSES.findall(text)):
             words.update(names.split())
-        for script in re.findall(r"<script(?![^>]*src)[^>]*>(.*?)</script>", text, re.S):
+        for script in SCRIPT.findall(text):
             words.update(WORD.findall(script))
     for script in site.glob("_static/**/*.js"):
         if "mathjax" not in script.parts:
@@ -40,9 +42,12 @@ def purge(css: str, words: set[str]) -> str:
 
     def used(selector: list) -> bool:
         for dot, name in zip(selector, selector[1:]):
-            if dot == "." and name.type == "ident":
-                if name.value not in words and not name.value.startswith(begins):
-                    return False
+            if (
+                (dot == "." and name.type == "ident")
+                and name.value not in words
+                and not name.value.startswith(begins)
+            ):
+                return False
         return True
 
     def selectors(prelude: list) -> list[list]:
@@ -62,7 +67,7 @@ def purge(css: str, words: set[str]) -> str:
                 if parts:
                     head = ",".join(tinycss2.serialize(p).strip() for p in parts)
                     kept.append(f"{head}{{{tinycss2.serialize(rule.content).strip()}}}")
-            elif rule.type == "at-rule" and rule.lower_at_keyword in ("media", "supports"):
+            elif rule.type == "at-rule" and rule.at_keyword in ("media", "supports"):
                 inner = text_of(tinycss2.parse_rule_list(rule.content, True, True))
                 if inner:
                     head = tinycss2.serialize(rule.prelude).strip()
@@ -71,7 +76,9 @@ def purge(css: str, words: set[str]) -> str:
                 kept.append(rule.serialize())
         return "\n".join(kept)
 
-    return text_of(tinycss2.parse_stylesheet(css, skip_comments=True, skip_whitespace=True))
+    return text_of(
+        tinycss2.parse_stylesheet(css, skip_comments=True, skip_whitespace=True)
+    )
 
 
 def make_lighter(site: Path) -> None:
@@ -79,12 +86,12 @@ def make_lighter(site: Path) -> None:
     words, icons = words_of(site), set()
     for path in site.glob("_static/**/*.css"):
         css = path.read_text(encoding="utf-8")
-        shorter = purge(css, words)
+        shorter = "\n".join([*LICENCE.findall(css), purge(css, words)])
         if path.parent.parent.match(ICONS):
             # one font of the four is used, and a browser that reads woff2 reads ttf
             faces = re.findall(r"@font-face\s*{[^}]*}", shorter)
             for face in faces:
-                solid = "Font Awesome 6 Free" in face and "fa-solid" in face
+                solid = re.search(r"Awesome\\? 6 Free.*fa-solid", face, re.DOTALL)
                 one = re.sub(r"url\([^)]*woff2\)\s*format\([^)]*\),?", "", face)
                 shorter = shorter.replace(face, one if solid else "")
         icons |= {chr(int(a, 16)) if a else b for a, b in ICON.findall(shorter)}

@@ -55,7 +55,7 @@ FONT_SCRIPT = re.compile(r'\s*<script src="[^"]*fontawesome[^"]*\.js[^"]*"></scr
 CONTENT_ID = re.compile(r'<section id="((?:exercise|solution)-content)">')
 MATH = re.compile(r'class="[^"]*\bmath\b')
 MATH_SCRIPT = re.compile(
-    r'\s*<script>window\.MathJax.*?</script>|\s*<script [^>]*mathjax[^>]*></script>'
+    r"\s*<script>window\.MathJax.*?</script>|\s*<script [^>]*mathjax[^>]*></script>"
 )
 THEBE_STYLE = re.compile(r"\s*<link [^>]*sphinx-thebe[^>]*>")
 FONT_PRELOAD = re.compile(r'\s*<link rel="preload" as="font"[^>]*>')
