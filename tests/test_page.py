@@ -410,7 +410,7 @@ def test_a_page_has_at_most_4_mb(alone):
 @in_browser
 def test_the_page_writes_and_no_request_leaves_it(browser, alone, stored):
     open_page(browser, alone)
-    ask(browser, "The river", count=60)  # what comes first is compiled on the way
+    time.sleep(1.5)  # the text that nobody sees
     measured = ask(browser, "In the village of", count=200, seed=3)
     found = {
         "tokens_per_second": measured["tokens"] / measured["seconds"],
@@ -443,6 +443,28 @@ def test_the_page_writes_and_no_request_leaves_it(browser, alone, stored):
     assert (
         browser.js("document.querySelector('h1').textContent") == "A <model> & its page"
     )
+
+
+@in_browser
+def test_the_first_token_of_the_first_press_comes_within_100_ms(browser, alone):
+    firsts = []
+    for _ in range(3):  # a machine that others use may be late once
+        open_page(browser, alone)
+        time.sleep(1.5)  # a reader reads the page before the first press
+        firsts.append(ask(browser, "In the village of", count=5)["first"])
+    print(f"first token of the first press: {min(firsts):.0f} to {max(firsts):.0f} ms")
+    assert min(firsts) < 100
+
+
+@in_browser
+def test_a_press_stops_the_text_that_nobody_sees(browser, alone):
+    open_page(browser, alone)
+    at_once = ask(browser, "The river", count=20, seed=5)
+    text = browser.js(TEXT)
+    time.sleep(1)
+    ask(browser, "The river", count=20, seed=5)
+    assert browser.js(TEXT) == text and at_once["tokens"] > 0
+    assert complaints(browser) == []
 
 
 @in_browser

@@ -32,6 +32,7 @@ in_browser = pytest.mark.skipif(
     not chromium() or not importlib.util.find_spec("websocket"),
     reason="no Chromium, or no websocket-client",
 )
+PAGE_CHAPTER = "notebooks/15_page.html"
 CHAPTER_4 = "notebooks/04_attention.html"
 SEARCHES = {
     "weight tying": "notebooks/07_gpt.html#",
@@ -395,6 +396,51 @@ def test_one_setting_brings_launch_buttons_and_a_picture(tmp_path, setting):
         "https://github.com/owner/name/raw/main/book/_static/front.png",
     }
     assert ours == (wanted if setting else set())
+
+
+WHAT_IT_SAYS = "document.querySelector('.gpt-page [role=status]').textContent"
+
+
+@in_browser
+@pytest.mark.parametrize("harm", ["changed", "cut off", "missing"])
+def test_a_damaged_weight_file_is_one_line_on_the_page(browser, harm):
+    whole = (SITE / WEIGHTS).read_bytes()
+    middle = len(whole) // 2
+    other = b"B" if whole[middle : middle + 1] == b"A" else b"A"
+    bad = {"changed": whole[:middle] + other + whole[middle + 1 :]}
+    bad["cut off"] = whole[:middle]
+
+    class Harmed(Quiet):
+        def do_GET(self):
+            if not self.path.startswith("/" + WEIGHTS):
+                super().do_GET()
+            elif harm == "missing":
+                self.send_error(404)
+            else:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/javascript")
+                self.send_header("Content-Length", str(len(bad[harm])))
+                self.end_headers()
+                self.wfile.write(bad[harm])
+
+    handler = functools.partial(Harmed, directory=str(SITE))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        browser.call("Network.clearBrowserCache")
+        browser.open(f"http://127.0.0.1:{server.server_port}/{PAGE_CHAPTER}")
+        end = time.monotonic() + 10
+        while not browser.js(WHAT_IT_SAYS) and time.monotonic() < end:
+            time.sleep(0.1)
+        said = browser.js(WHAT_IT_SAYS)
+        assert said == {
+            "changed": "The weights are damaged (the checksum is wrong). "
+            "Get the file again."
+        }.get(harm, "The weights cannot be read: the file is missing or not whole.")
+        assert browser.js("document.querySelector('.gpt-page .gpt-main').disabled")
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 FOUND = "(document.querySelector('.search-summary') || {}).innerText || ''"
