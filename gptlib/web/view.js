@@ -28,13 +28,13 @@ gptPage.modes = {
   },
 };
 
-// between two tokens: let the browser draw and listen, about every 16 ms
+// between two tokens: let the browser draw and listen, about 30 times a second
 const channel = new MessageChannel(), waiting = [];
 channel.port1.onmessage = () => waiting.shift()();
 function pauses(before = () => {}) {
   let last = performance.now();
   return () => {
-    if (performance.now() - last < 16) return undefined;
+    if (performance.now() - last < 32) return undefined;
     before();
     return new Promise((done) => {
       waiting.push(() => { last = performance.now(); done(); });
