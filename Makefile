@@ -11,6 +11,9 @@ export PYTHONWARNINGS := ignore
 export HF_HUB_DISABLE_TELEMETRY := 1
 # Jupyter Book's own command, told which executed notebooks the pages show
 BUILD = $(BIN)/jupyter-book build --quiet . --path-output .
+# JupyterLab of this environment asks for no news and looks for no update of itself
+LABCONFIG = $(VENV)/etc/jupyter/labconfig
+QUIET = mkdir -p $(LABCONFIG) && cp tools/jupyterlab.json $(LABCONFIG)/default_setting_overrides.json
 
 .PHONY: help book test check pytest notebooks site pdf lab tangle weave format clean
 
@@ -31,6 +34,7 @@ $(VENV)/.complete: requirements.txt pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(QUIET)
 	touch $@
 
 book: $(VENV)/.complete
@@ -83,8 +87,9 @@ format: $(VENV)/.complete
 	$(PY) tools/format.py
 
 lab: $(VENV)/.complete
+	@$(QUIET)
 	$(PY) tools/lab.py
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/lab/00_start.ipynb --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/lab/00_start.ipynb
 
 clean:
 	rm -rf _build runs/cache

@@ -110,6 +110,18 @@ def test_a_page_of_a_run(place):
     )
 
 
+@pytest.mark.slow
+def test_a_run_too_large_for_a_page_is_refused(place):
+    shape = {"n-embd": 64, "vocab-size": 470_000}  # 30,130,816 parameters
+    large = [word for k, v in shape.items() for word in (f"--model.{k}", str(v))]
+    small = [f"--{k}=1" for k in ("steps", "batch-size", "eval-interval")]
+    done = pretrain(place, "--out", "large", *large, *small, "--eval-sequences=1")
+    assert done.returncode == 0, done.stderr
+    done = command(place, "page", "--run", "large", "--out", "large.html")
+    one_line(done, "30,", "too many for a page (at most 30,000,000)", "MB")
+    assert not list(place.glob("large.html*"))
+
+
 def test_sampling_and_evaluation(place):
     sample = command(
         place,

@@ -42,6 +42,9 @@ def tree(tmp_path_factory):
     copy = tmp_path_factory.mktemp("reader") / "book"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
     tool(copy, "lab")
+    settings = copy.parent / "CONFIG/labconfig/default_setting_overrides.json"
+    settings.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "tools/jupyterlab.json", settings)  # as the Makefile does
     return copy
 
 
@@ -131,6 +134,9 @@ def test_start_page_opens(lab):
     )
     titles = "[...document.querySelectorAll('.jp-Notebook h1')].map(h => h.innerText)"
     assert "How GPT works" in wait(lab, titles)[0]
+    time.sleep(2)  # time to ask
+    asked = "[...document.querySelectorAll('.jp-toast-message')].map(m => m.innerText)"
+    assert lab.js(asked) == []
 
 
 def test_repository_root_lists_files_and_opens_a_notebook(lab, address):

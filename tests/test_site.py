@@ -5,7 +5,6 @@ Chromium, and axe-core where the package `axe-core-python` is installed.
 """
 
 import functools
-import gzip
 import http.server
 import importlib.util
 import json
@@ -33,6 +32,7 @@ in_browser = pytest.mark.skipif(
     not chromium() or not importlib.util.find_spec("websocket"),
     reason="no Chromium, or no websocket-client",
 )
+PAGE_CHAPTER = "notebooks/15_page.html"
 CHAPTER_4 = "notebooks/04_attention.html"
 SEARCHES = {
     "weight tying": "notebooks/07_gpt.html#",
@@ -117,6 +117,12 @@ def test_search_index_knows_a_heading_for_what_people_look_for():
         assert any(query in title.lower() for title in titles), (query, titles)
 
 
+def test_a_fold_says_what_it_holds():
+    plain = "code cell (?:source|content|output)"
+    found = {name_of(p): re.findall(plain, p.read_text("utf-8")) for p in PAGES}
+    assert {name: folds for name, folds in found.items() if folds} == {}
+
+
 def test_the_site_and_its_pages_are_light():
     files = {path: path.stat().st_size for path in SITE.rglob("*") if path.is_file()}
     files.pop(SITE / "book.pdf", None)  # no page loads it
@@ -155,6 +161,10 @@ LOOKED_AT = [
 ]
 
 
+def requested(browser) -> list[str]:
+    return [e["request"]["url"] for e in browser.said("Network.requestWillBeSent")]
+
+
 @in_browser
 @pytest.mark.parametrize("name", LOOKED_AT)
 def test_page_in_a_browser(browser, site, name):
@@ -164,7 +174,7 @@ def test_page_in_a_browser(browser, site, name):
     width = browser.js("document.documentElement.scrollWidth")
     assert width <= 390, f"{name} is {width} pixels wide"
     browser.open(site + name, width=1280)
-    addresses = [e["request"]["url"] for e in browser.said("Network.requestWillBeSent")]
+    addresses = requested(browser)
     strangers = [a for a in addresses if not a.startswith((site, "data:", "blob:"))]
     assert strangers == []
     failed = [
@@ -178,14 +188,18 @@ def test_page_in_a_browser(browser, site, name):
         for e in browser.said("Runtime.exceptionThrown")
     ]
     assert errors == []
-    formulas = browser.js("document.querySelectorAll('span.math, div.math').length")
-    shown = browser.js("document.querySelectorAll('mjx-container').length")
-    assert shown >= formulas, f"{formulas} formulas, {shown} shown"
-    assert shown or name != CHAPTER_4
-    assert browser.js("document.querySelectorAll('mjx-merror').length") == 0
-    sent = [gzip.compress((SITE / a.removeprefix(site).split("?")[0]).read_bytes())
-            for a in {a.split("#")[0] for a in addresses} if a.startswith(site)]  # fmt: skip
-    assert sum(map(len, sent)) <= 1.5e6, "as a server sends it"
+
+
+WEIGHTS = "_static/gpt/weights.js"  # the model of chapter 15, which is what it shows
+
+
+def check_weight(addresses, site) -> None:
+    """All that a page loads has at most 1.5 MB before it is compressed."""
+    ours = {a.split("?")[0].split("#")[0] for a in addresses if a.startswith(site)}
+    sizes = {a: (SITE / a.removeprefix(site)).stat().st_size for a in ours}
+    model = sizes.pop(site + WEIGHTS, 0)
+    assert sum(sizes.values()) <= 1.5e6, sorted(sizes.items(), key=lambda x: -x[1])[:9]
+    assert sum(sizes.values()) + model <= 4e6
 
 
 CUT = """[...document.querySelectorAll('.bd-article pre')]
@@ -205,8 +219,14 @@ TURNED = """[...document.querySelectorAll('.bd-article img')]
 @in_browser
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_nothing_is_cut(browser, site, path, width):
+def test_nothing_is_cut_or_heavy_and_formulas_stand(browser, site, path, width):
     browser.open(site + name_of(path), width, "dark" if width == 390 else "light")
+    formulas = browser.js("document.querySelectorAll('span.math, div.math').length")
+    shown = browser.js("document.querySelectorAll('mjx-container').length")
+    assert shown >= formulas, f"{formulas} formulas, {shown} shown"
+    assert shown or name_of(path) != CHAPTER_4
+    assert browser.js("document.querySelectorAll('mjx-merror').length") == 0
+    check_weight(requested(browser), site)
     assert browser.js("document.documentElement.scrollWidth") <= width
     assert browser.js(CUT) == []
     assert browser.js(WIDE) == []
@@ -376,6 +396,51 @@ def test_one_setting_brings_launch_buttons_and_a_picture(tmp_path, setting):
         "https://github.com/owner/name/raw/main/book/_static/front.png",
     }
     assert ours == (wanted if setting else set())
+
+
+WHAT_IT_SAYS = "document.querySelector('.gpt-page [role=status]').textContent"
+
+
+@in_browser
+@pytest.mark.parametrize("harm", ["changed", "cut off", "missing"])
+def test_a_damaged_weight_file_is_one_line_on_the_page(browser, harm):
+    whole = (SITE / WEIGHTS).read_bytes()
+    middle = len(whole) // 2
+    other = b"B" if whole[middle : middle + 1] == b"A" else b"A"
+    bad = {"changed": whole[:middle] + other + whole[middle + 1 :]}
+    bad["cut off"] = whole[:middle]
+
+    class Harmed(Quiet):
+        def do_GET(self):
+            if not self.path.startswith("/" + WEIGHTS):
+                super().do_GET()
+            elif harm == "missing":
+                self.send_error(404)
+            else:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/javascript")
+                self.send_header("Content-Length", str(len(bad[harm])))
+                self.end_headers()
+                self.wfile.write(bad[harm])
+
+    handler = functools.partial(Harmed, directory=str(SITE))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        browser.call("Network.clearBrowserCache")
+        browser.open(f"http://127.0.0.1:{server.server_port}/{PAGE_CHAPTER}")
+        end = time.monotonic() + 10
+        while not browser.js(WHAT_IT_SAYS) and time.monotonic() < end:
+            time.sleep(0.1)
+        said = browser.js(WHAT_IT_SAYS)
+        assert said == {
+            "changed": "The weights are damaged (the checksum is wrong). "
+            "Get the file again."
+        }.get(harm, "The weights cannot be read: the file is missing or not whole.")
+        assert browser.js("document.querySelector('.gpt-page .gpt-main').disabled")
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 FOUND = "(document.querySelector('.search-summary') || {}).innerText || ''"

@@ -534,6 +534,22 @@ def test_every_notebook_has_its_outputs():
         assert sum(bool(c["outputs"]) for c in code) >= len(code) // 4, path.name
 
 
+def test_folds_have_a_title_and_what_is_open_has_40_lines_at_most():
+    from manuscripts import chapters, fold_title
+
+    untitled, tall = [], []
+    for chapter in chapters():
+        for cell, line in chapter.cells:
+            if cell.cell_type != "code":
+                continue
+            folded = {"hide-input", "hide-cell"} & set(cell.metadata.get("tags", []))
+            if folded and not fold_title(cell):
+                untitled.append(chapter.at(line))
+            if not folded and len(cell.source.splitlines()) > 40:
+                tall.append(chapter.at(line))
+    assert (untitled, tall) == ([], [])
+
+
 def test_the_tools_use_gptlib_as_it_is():
     """Imports inside functions, too: they are found only when somebody runs them."""
     from importlib import import_module

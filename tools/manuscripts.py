@@ -214,6 +214,24 @@ def plain_python(source: str) -> str:
     )
 
 
+def fold_title(cell: nbformat.NotebookNode) -> str:
+    """What a folded cell holds: its own title, or its names; '' if it has neither."""
+    own = cell.metadata.get("mystnb", {})
+    if "code_prompt_show" in own:
+        return own["code_prompt_show"]
+    if "figure" in own:
+        return "The plot"
+    body = ast.parse(plain_python(cell.source)).body
+    names = [n.name for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 4 else ""
+        return ", ".join(names[: 3 if more else 4]) + more
+    if isinstance(body[0], ast.Import | ast.ImportFrom):
+        only = all(isinstance(n, ast.Import | ast.ImportFrom) for n in body)
+        return "Imports" if only else "Imports and settings"
+    return ""
+
+
 def gptlib_imports(source: str) -> set[str]:
     """Names below `gptlib` that a piece of Python imports, wherever it does."""
     named = set()

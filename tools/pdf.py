@@ -87,8 +87,11 @@ def document(parts: list[tuple[str, list[Path]]], settings: dict) -> str:
     """The book as one page of HTML that lies beside the site's index."""
     title = html.escape(settings["title"])
     every = {page for _, pages in parts for page in pages}
-    first = (SITE / "book/index.html").read_text(encoding="utf-8")
-    head = BeautifulSoup(first, "html.parser").head
+    # the head of a page with formulas, one folder below the site's index as all are
+    heads = (p.read_text(encoding="utf-8") for p in sorted(every))
+    head = BeautifulSoup(
+        next(t for t in heads if "window.MathJax" in t), "html.parser"
+    ).head
     kept = list(head("link", rel="stylesheet"))
     kept += [t for t in head("script") if "mathjax" in str(t).lower()]
     links = "\n".join(str(tag).replace('"../', '"') for tag in kept)

@@ -20,7 +20,7 @@ from sphinx_external_toc.collectors import TocTreeCollectorWithStyles
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
-from manuscripts import NOTEBOOKS, chapters  # noqa: E402
+from manuscripts import NOTEBOOKS, chapters, fold_title  # noqa: E402
 from weave import KERNELSPEC, read, with_outputs  # noqa: E402
 
 
@@ -44,6 +44,10 @@ def put_manuscript(app, docname: str, source: list[str]) -> None:
         return
     notebook = nbformat.from_dict(chapter.notebook)
     with_outputs(notebook.cells, read(executed(chapter)))
+    for cell in notebook.cells:
+        if {"hide-input", "hide-cell"} & set(cell.metadata.get("tags", [])):
+            titles = cell.metadata.setdefault("mystnb", nbformat.NotebookNode())
+            titles["code_prompt_show"] = fold_title(cell)
     notebook.metadata = {"kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
     for path in (chapter.path, executed(chapter)):
         app.env.note_dependency(str(path))

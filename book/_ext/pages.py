@@ -13,9 +13,20 @@ import shutil
 from pathlib import Path
 
 from docutils import nodes
+from lighter import make_lighter, take_new_styles
 
 
-MATHJAX = ("tex-chtml.js", "output/chtml/fonts/woff-v2")
+# of MathJax what `mathjax3_config` names: no menu, and no TeX beyond amsmath
+MATHJAX = (
+    "startup.js",
+    "core.js",
+    "input/tex-base.js",
+    "input/tex/extensions/ams.js",
+    "output/chtml.js",
+    "output/chtml/fonts/tex.js",
+    "output/chtml/fonts/woff-v2",
+    "a11y/assistive-mml.js",
+)
 UNUSED = (
     "mathjax/output/chtml/fonts/woff-v2/*_Fraktur-*",
     "mathjax/output/chtml/fonts/woff-v2/*_SansSerif-*",
@@ -30,7 +41,7 @@ UNUSED_FONTS = (
     "js",
     "scss",
     "less",
-    "webfonts/*.ttf",
+    "webfonts/*.woff2",
     "webfonts/fa-[brv]*",
 )  # solid stays
 # spans that pygments.css gives the colour of plain code: a fifth of a page of code
@@ -42,6 +53,10 @@ AS_WRITTEN = re.compile(r"(<pre.*?</pre>|<script.*?</script>)", re.DOTALL)
 INDENT = re.compile(r"\n\s+")
 FONT_SCRIPT = re.compile(r'\s*<script src="[^"]*fontawesome[^"]*\.js[^"]*"></script>')
 CONTENT_ID = re.compile(r'<section id="((?:exercise|solution)-content)">')
+MATH = re.compile(r'class="[^"]*\bmath\b')
+MATH_SCRIPT = re.compile(
+    r"\s*<script>window\.MathJax.*?</script>|\s*<script [^>]*mathjax[^>]*></script>"
+)
 THEBE_STYLE = re.compile(r"\s*<link [^>]*sphinx-thebe[^>]*>")
 FONT_PRELOAD = re.compile(r'\s*<link rel="preload" as="font"[^>]*>')
 
@@ -65,6 +80,11 @@ def address_of_picture(config) -> str:
         branch = options.get("repository_branch") or "main"
         return f"{url.rstrip('/')}/raw/{branch}/book/_static/front.png"
     return ""
+
+
+def part_of_mathjax(app, config) -> None:
+    """Load MathJax by its parts; sphinx-mathjax-offline names the whole of it."""
+    config.mathjax_path = "mathjax/startup.js"
 
 
 def launch_from_a_repository(app, config) -> None:
@@ -132,6 +152,8 @@ def prune(app, exception) -> None:
         shorter = text
         for unused in (FONT_PRELOAD, FONT_SCRIPT, THEBE_STYLE):
             shorter = unused.sub("", shorter)
+        if not MATH.search(shorter):
+            shorter = MATH_SCRIPT.sub("", shorter)
         for plain in (PLAIN_CODE, PLAIN_SIGNATURE):
             shorter = plain.sub(r"\1", shorter)
         parts = AS_WRITTEN.split(shorter)
@@ -143,6 +165,7 @@ def prune(app, exception) -> None:
             shorter = redirect(app.config.html_title, text)
         if shorter != text:
             page.write_text(shorter, encoding="utf-8")
+    make_lighter(Path(app.outdir))
     link_pdf(Path(app.outdir))
 
 
@@ -171,7 +194,9 @@ def redirect(title: str, text: str) -> str:
 
 
 def setup(app) -> dict:
+    app.connect("config-inited", part_of_mathjax)
     app.connect("config-inited", launch_from_a_repository)
+    app.connect("builder-inited", take_new_styles, priority=1)
     app.connect("html-page-context", prepare_page, priority=900)
     app.connect("build-finished", prune, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

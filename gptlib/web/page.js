@@ -95,21 +95,24 @@ class PageTokenizer {
   }
 }
 
-/** out[r] = bias[r] + the inner product of row r of W with x; four rows at a time. */
+/** out[r] = bias[r] + the inner product of row r of W with x; eight rows at a time. */
 function linear(W, bias, x, out) {
   const n = x.length, rows = out.length;
   let r = 0;
-  for (; r + 3 < rows; r += 4) {
-    let a = 0, b = 0, c = 0, d = 0;
-    let w0 = r * n, w1 = w0 + n, w2 = w1 + n, w3 = w2 + n;
-    for (let i = 0; i < n; i++) {
+  for (; r + 7 < rows; r += 8) {
+    let a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;
+    for (let i = 0, w = r * n; i < n; i++, w++) {
       const v = x[i];
-      a += W[w0++] * v;
-      b += W[w1++] * v;
-      c += W[w2++] * v;
-      d += W[w3++] * v;
+      a += W[w] * v;
+      b += W[w + n] * v;
+      c += W[w + 2 * n] * v;
+      d += W[w + 3 * n] * v;
+      e += W[w + 4 * n] * v;
+      f += W[w + 5 * n] * v;
+      g += W[w + 6 * n] * v;
+      h += W[w + 7 * n] * v;
     }
-    [out[r], out[r + 1], out[r + 2], out[r + 3]] = [a, b, c, d];
+    out.set([a, b, c, d, e, f, g, h], r);
   }
   for (; r < rows; r++) {
     for (let i = 0; i < n; i++) out[r] += W[r * n + i] * x[i];
@@ -189,12 +192,13 @@ class PageModel {
       const from = head * size, scores = new Float32Array(position + 1);
       for (let s = 0; s <= position; s++) {
         let sum = 0;
-        for (let i = from; i < from + size; i++) sum += q[i] * K[s * C + i];
+        for (let i = from, k = s * C + from; i < from + size; i++, k++) sum += q[i] * K[k];
         scores[s] = sum / Math.sqrt(size);
       }
       const weights = softmax(scores);
       for (let s = 0; s <= position; s++) {
-        for (let i = from; i < from + size; i++) y[i] += weights[s] * V[s * C + i];
+        const w = weights[s];
+        for (let i = from, k = s * C + from; i < from + size; i++, k++) y[i] += w * V[k];
       }
       heads.push({ scores, weights });
     }
@@ -207,19 +211,21 @@ class PageModel {
   }
 }
 
-function softmax(z) {
-  const best = z.reduce((a, b) => Math.max(a, b));
-  const e = z.map((v) => Math.exp(v - best));
-  const sum = e.reduce((a, b) => a + b);
-  return e.map((v) => v / sum);
+/** Of z / temperature; loops, because `map` calls a function for each number. */
+function softmax(z, temperature = 1) {
+  const e = new Float32Array(z.length);
+  let best = -Infinity, sum = 0;
+  for (let i = 0; i < z.length; i++) best = Math.max(best, z[i]);
+  for (let i = 0; i < z.length; i++) sum += e[i] = Math.exp((z[i] - best) / temperature);
+  for (let i = 0; i < z.length; i++) e[i] /= sum;
+  return e;
 }
 
 /** Probabilities to draw the next token from: chapter 10's `next_token_probs`. */
 function nextTokenProbs(logits, { temperature = 1, topK = 0, topP = 1, nVocab }) {
   const z = logits.slice(0, nVocab);
   if (temperature === 0) [topK, temperature] = [1, 1];
-  const best = z.reduce((a, b) => Math.max(a, b));
-  const probs = softmax(z.map((v) => (v - best) / temperature));
+  const probs = softmax(z, temperature);
   if (!topK && topP >= 1) return probs;
   const order = Array.from(z.keys()).sort((a, b) => z[b] - z[a] || a - b);
   const kept = order.slice(0, topK || order.length);

@@ -28,13 +28,14 @@ gptPage.modes = {
   },
 };
 
-// between two tokens: let the browser draw and listen, about every 12 ms
+// between two tokens: let the browser draw and listen, about 30 times a second
 const channel = new MessageChannel(), waiting = [];
 channel.port1.onmessage = () => waiting.shift()();
-function pauses() {
+function pauses(before = () => {}) {
   let last = performance.now();
   return () => {
-    if (performance.now() - last < 12) return undefined;
+    if (performance.now() - last < 32) return undefined;
+    before();
     return new Promise((done) => {
       waiting.push(() => { last = performance.now(); done(); });
       channel.port2.postMessage(0);
@@ -107,7 +108,29 @@ class View {
     root.addEventListener("keydown", (event) => {
       if (event.key === "Escape") this.running = false;
     });
-    if (!this.small) this.open();
+    if (!this.small) this.open().then((opened) => opened && this.warmUp());
+    else {  // the weights come when somebody turns to the field
+      for (const kind of ["pointerenter", "focusin"]) {
+        root.addEventListener(kind, () => this.open(), { once: true });
+      }
+    }
+  }
+
+  /** Write a text that nobody sees: the browser compiles what the first press needs. */
+  async warmUp() {
+    const { tokenizer } = this.weights, model = this.weights.model(this.moment);
+    const text = new gptPage.PageText(model, tokenizer, [tokenizer.endOfText]);
+    const pause = pauses(), settings = { temperature: 0.7, topK: 0, topP: 1 };
+    try {
+      for (let i = 0; i < 60; i++) {
+        await text.next(settings, () => 0.5, async () => {
+          await pause();
+          if (this.run) throw new Error("stopped");  // somebody pressed the button
+        });
+      }
+    } catch (error) {
+      if (error.message !== "stopped") throw error;
+    }
   }
 
   async open() {
@@ -169,6 +192,7 @@ class View {
     this.drawn = [];
     this.pieces = [];
     this.decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+    this.fresh = [];
     this.output.replaceChildren();
     this.panels.replaceChildren();
     this.text.ids.forEach((id, i) => i && this.show(id, i, null));
@@ -176,7 +200,8 @@ class View {
     this.aliens = alien.length
       ? `No token of their own: ${alien.slice(0, 8).join(" ")}${alien.length > 8 ? " ..." : ""}. The model reads their bytes. ` : "";
     this.say();
-    const dart = gptPage.darts(settings.seed), pause = pauses();
+    this.draw();
+    const dart = gptPage.darts(settings.seed), pause = pauses(() => this.draw());
     const rest = async () => {
       await pause();
       if (!this.running || run !== this.run) throw new Error("stopped");
@@ -189,13 +214,14 @@ class View {
         ended = found.id === tokenizer.endOfText;
         this.drawn[this.text.ids.length - 1] = { ...found, settings };
         this.show(found.id, this.text.ids.length - 1, found);
-        this.say();
+        if (!n) this.draw();
         if (ended) { n++; break; }
       }
     } catch (error) {
       if (error.message !== "stopped") throw error;
     }
     if (run !== this.run) return;
+    this.draw();
     const seconds = (performance.now() - began) / 1000;
     this.running = false;
     this.button.textContent = "Write";
@@ -211,8 +237,9 @@ class View {
 
   say() {
     const { ids, model } = this.text, begin = gptPage.windowStart(ids.length, model.block_size);
-    this.notice.textContent = this.aliens + (begin
+    const notice = this.aliens + (begin
       ? `The text is longer than the block of ${model.block_size} tokens: the model reads the last ${ids.length - begin} of its ${ids.length} tokens. ` : "");
+    if (this.notice.textContent !== notice) this.notice.textContent = notice;
     for (const piece of this.pieces) {
       if (piece && piece.outside !== piece.index < begin) {
         piece.outside = piece.index < begin;
@@ -230,8 +257,16 @@ class View {
       onclick: () => this.small || this.choose(index),
     }, text || (id === tokenizer.endOfText ? "∎" : ""));
     this.pieces[index] = { span, index, outside: false };
+    this.fresh.push(span);
+  }
+
+  /** Put what is new on the page, once for all tokens since the last pause. */
+  draw() {
+    if (!this.fresh.length) return;
     const low = this.output.scrollHeight - this.output.scrollTop - this.output.clientHeight < 40;
-    this.output.append(span);
+    this.output.append(...this.fresh);
+    this.fresh = [];
+    this.say();
     if (low) this.output.scrollTop = this.output.scrollHeight;
   }
 
