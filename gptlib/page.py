@@ -57,7 +57,7 @@ class Moment:
 
     step: int
     model: GPT
-    bits: int = 8
+    bits: int = 8  # for each weight
 
     def __post_init__(self):
         if self.bits not in (4, 6, 8):
@@ -116,13 +116,8 @@ def export_page_weights(
         raise PageError("the moments have models of several shapes; give one file each")
     packed, tensors = [], []
     for moment in moments:
-        weights = {k: v.detach().cpu() for k, v in moment.model.state_dict().items()}
-        check_finite(weights)
-        tensors = [
-            [k, *v.shape] if v.ndim == 2 else [k, len(v), 0] for k, v in weights.items()
-        ]
-        data = b"".join(pack(weight, moment.bits) for weight in weights.values())
-        packed.append(base64.b64encode(data).decode())
+        tensors, line = pack_all(moment.model.state_dict(), moment.bits)
+        packed.append(line)
     settings = {"max_new_tokens": 60, "temperature": 0.7, "seed": 0} | settings
     texts = sample_texts(moments[-1].model, tokenizer, prompts, **settings)
     header = {
@@ -137,7 +132,32 @@ def export_page_weights(
         "moments": [{"step": m.step, "bits": m.bits} for m in moments],
         "examples": texts,
     }
-    lines = [json.dumps(header), *packed]
+    return write_lines(path, [json.dumps(header), *packed])
+
+
+def pack_all(weights: dict[str, Tensor], bits: int) -> tuple[list[list], str]:
+    """Name, rows and columns of each tensor, and all of them in base64."""
+    weights = {name: value.detach().cpu() for name, value in weights.items()}
+    check_finite(weights)
+    shapes = [
+        [name, len(value), value.shape[1] if value.ndim == 2 else 0]
+        for name, value in weights.items()
+    ]
+    data = b"".join(pack(value, bits) for value in weights.values())
+    return shapes, base64.b64encode(data).decode()
+
+
+def unpack_all(shapes: list[list], line: str, bits: int) -> dict[str, Tensor]:
+    """The inverse of `pack_all`, with the values that the page has."""
+    data, weights = base64.b64decode(line), {}
+    for name, rows, columns in shapes:
+        weights[name], used = unpack(data, rows, columns, bits)
+        data = data[used:]
+    return weights
+
+
+def write_lines(path: Path, lines: list[str]) -> int:
+    """Write a weight file of these strings; returns its size in bytes."""
     check = zlib.crc32("\n".join(lines).encode())
     strings = ",\n".join(json.dumps(line) for line in lines)
     text = f"gptWeights([\n{strings}\n], {check});\n".replace("<", "\\u003c")
@@ -146,8 +166,8 @@ def export_page_weights(
     return len(text)
 
 
-def read_page_weights(path: Path) -> tuple[dict, Tokenizer, list[GPT]]:
-    """Header, tokenizer and models of a weight file, as the page has them."""
+def read_lines(path: Path) -> list[str]:
+    """The strings of a weight file. Raises PageError if it is damaged."""
     try:
         text = Path(path).read_text(encoding="ascii")
         head, _, check = text.rpartition("], ")
@@ -157,17 +177,51 @@ def read_page_weights(path: Path) -> tuple[dict, Tokenizer, list[GPT]]:
         raise PageError(f"{path}: no weight file ({error}); write it again") from None
     if not whole:
         raise PageError(f"{path}: damaged, its checksum is wrong; write it again")
+    return lines
+
+
+def read_page_weights(path: Path) -> tuple[dict, Tokenizer, list[GPT]]:
+    """Header, tokenizer and models of a weight file, as the page has them."""
+    lines = read_lines(path)
     header = json.loads(lines[0])
     ranks = {t.encode("latin-1"): rank for rank, t in enumerate(header["tokens"])}
-    models = []
+    models: list[GPT] = []
     for moment, line in zip(header["moments"], lines[1:]):
-        data, weights = base64.b64decode(line), {}
-        for name, rows, columns in header["tensors"]:
-            weights[name], used = unpack(data, rows, columns, moment["bits"])
-            data = data[used:]
+        changes = moment.get("changes")
+        weights = unpack_all(changes or header["tensors"], line, moment["bits"])
+        if changes:
+            parts, weights = weights, models[-1].state_dict()
+            for name in (key[:-2] for key in parts if key.endswith(" B")):
+                weights[name] = weights[name] + parts[f"{name} B"] @ parts[f"{name} A"]
         models.append(GPT(GPTConfig(**header["config"])).eval())
         models[-1].load_state_dict(weights)
     return header, Tokenizer("page", ranks), models
+
+
+def add_answers(
+    path: Path,
+    step: int,
+    changes: dict[str, tuple[Tensor, Tensor]],
+    known: dict[str, str],
+    *,
+    bits: int = 8,
+) -> int:
+    """Add a moment that answers questions to a weight file; returns the file's size.
+
+    changes: by weight a pair B (m, r), A (r, n) whose product is added to the last
+    moment's weight. known: the true answer to each question that the page can mark.
+    """
+    lines = read_lines(path)
+    header = json.loads(lines[0])
+    parts = {
+        f"{name} {key}": value
+        for name, pair in changes.items()
+        for key, value in zip("BA", pair, strict=True)
+    }
+    shapes, line = pack_all(parts, bits)
+    moment = {"step": step, "bits": bits, "mode": "ask", "changes": shapes}
+    header |= {"moments": [*header["moments"], moment], "known": known}
+    return write_lines(path, [json.dumps(header), *lines[1:], line])
 
 
 def web_file(name: str) -> str:

@@ -21,6 +21,7 @@ from gptlib.gpt import GPT, GPTConfig
 from gptlib.page import (
     Moment,
     PageError,
+    add_answers,
     dequantise,
     export_page_weights,
     pack,
@@ -564,22 +565,118 @@ def test_prompts_are_text_and_odd_ones_are_explained(browser, alone, stored):
     assert complaints(browser) == []
 
 
+def turn_to(browser, moment: int) -> str:
+    """Choose a moment; returns the text that it writes."""
+    browser.js(
+        f"new Promise(done => {{ {ROOT_OF}.addEventListener('gpt-written', () => done(1), {{once: true}});"
+        f"const radio = {ROOT_OF}.querySelectorAll('input[type=radio]')[{moment}];"
+        "radio.checked = true; radio.dispatchEvent(new Event('change')); })"
+    )
+    return browser.js(TEXT)
+
+
 @in_browser
-def test_three_moments_differ(browser, alone, stored):
+def test_moments_differ(browser, alone, stored):
     open_page(browser, alone)
-    texts = []
-    for i in range(len(stored[0]["moments"])):
-        browser.js(
-            f"new Promise(done => {{ {ROOT_OF}.addEventListener('gpt-written', () => done(1), {{once: true}});"
-            f"const radio = {ROOT_OF}.querySelectorAll('input[type=radio]')[{i}];"
-            "radio.checked = true; radio.dispatchEvent(new Event('change')); })"
-        )
-        texts.append(browser.js(TEXT))
-    assert len(set(texts)) == 3
+    moments = stored[0]["moments"]
+    texts = [turn_to(browser, i) for i in range(len(moments))]
+    assert len(set(texts)) == len(moments) >= 3
     labels = browser.js(
         f"[...{ROOT_OF}.querySelectorAll('input[type=radio]')].map(r => r.parentNode.textContent)"
     )
-    assert labels == [f"{m['step']} steps" for m in stored[0]["moments"]]
+    names = [f"{m['step']} steps" if "mode" not in m else "to answer" for m in moments]
+    assert labels == names
+
+
+# ---------------------------------------------------------------------- it is asked
+
+MARKS = {b"\xfd": "‹user›", b"\xfe": "‹assistant›", b"\xff": "‹end›"}
+VERDICTS = {  # known answer, reply: what the page says
+    ("A .", "A ."): "Right.",
+    ("A .", "B ."): "Wrong. The article says: A .",
+    ("A .", "I do not know ."): "Not known to the model. An article tells it: A .",
+    ("I do not know .", "I do not know ."): "Right: no article tells this.",
+    ("I do not know .", "B ."): "Invented: no article tells this.",
+    (None, "B ."): "This page does not know the answer to this question.",
+}
+
+
+@pytest.fixture(scope="module")
+def answering(tmp_path_factory):
+    """A weight file with one more moment, of changes that nobody trained."""
+    path = tmp_path_factory.mktemp("answers") / "answers.js"
+    shutil.copyfile(WEIGHTS, path)
+    dice = torch.Generator().manual_seed(0)
+
+    def some(m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(torch.randn(s, generator=dice) / 9 for s in ((m, 3), (3, n)))
+
+    changes = {"h.0.attn.c_attn.weight": some(480, 160)}
+    changes["h.1.mlp.c_proj.weight"] = some(160, 640)
+    known = {"Where ?": "There .", "toString": "I do not know ."}
+    assert add_answers(path, 77, changes, known) == path.stat().st_size
+    return path, changes
+
+
+def test_changes_are_added_to_the_moment_before(engine, answering, stored):
+    path, changes = answering
+    header, tokenizer, models = read_page_weights(path)
+    assert len(models) == len(stored[2]) + 1 and header["moments"][-1]["mode"] == "ask"
+    for name, weight in models[-1].state_dict().items():
+        base = stored[2][-1].state_dict()[name]
+        if name not in changes:
+            assert torch.equal(weight, base)
+            continue
+        added = changes[name][0] @ changes[name][1]
+        assert not torch.allclose(base, weight, atol=0.02)
+        assert torch.allclose(base + added, weight, atol=0.02)  # of 8 bits
+    rows = [row[:60] for row in rows_of(tokenizer)[:9]]
+    found = engine("logits", [len(models) - 1, rows], path)
+    for logits, row in zip(found, rows, strict=True):
+        with torch.no_grad():
+            exact = models[-1](torch.tensor([row]))[0][0, -1]
+        assert (torch.tensor(logits) - exact).abs().max() < 1e-4
+
+
+@in_browser
+def test_a_question_is_asked_and_the_answer_is_marked(browser, answering, tmp_path):
+    path, _ = answering
+    page = tmp_path / "page.html"
+    write_page(page, path, "It answers")
+    open_page(browser, page, width=390)
+    header, tokenizer, models = read_page_weights(path)
+    turn_to(browser, len(models) - 1)
+    assert browser.js(f"{ROOT_OF}.querySelector('label').textContent").startswith(
+        "A question"
+    )
+    assert browser.js(f"{ROOT_OF}.gptView.prompt.value") == "Where ?"
+    mark = {name: tokenizer.ranks[byte] for byte, name in MARKS.items()}
+    asked = [mark["‹user›"], *tokenizer.encode(" Where ?"), mark["‹end›"]]
+    ids = [tokenizer.end_of_text, *asked, mark["‹assistant›"]]
+    there = browser.js(f"{ROOT_OF}.gptView.text.ids")
+    stop = [mark["‹end›"], tokenizer.end_of_text]
+    here = generate(
+        models[-1], torch.tensor([ids]), 120, temperature=0, stop=stop,
+        n_vocab=tokenizer.n_vocab,
+    )[0].tolist()  # fmt: skip
+    assert there == here
+    assert browser.js(TEXT).startswith("‹user› Where ?‹end›‹assistant›")
+    said = browser.js(f"{ROOT_OF}.querySelector('[role=status]').textContent")
+    assert ("The answer did not end." in said) == (there[-1] not in stop)
+    for (answer, reply), verdict in VERDICTS.items():
+        known = json.dumps({"Where ?": answer} if answer else {})
+        given = f"({{known: {known}}}, ' Where ? ', {json.dumps(reply)}, true)"
+        assert browser.js(f"gptPage.modes.ask.verdict{given}") == verdict
+    assert (
+        browser.js("gptPage.modes.ask.verdict({known: {}}, 'toString', 'x', true)")
+        == (VERDICTS[None, "B ."])
+    )
+    assert browser.js("document.documentElement.scrollWidth") <= 390
+    choose(browser, 2)
+    assert "‹user›" in browser.js(f"{ROOT_OF}.textContent")
+    turn_to(browser, 0)  # back to writing
+    assert browser.js(f"{ROOT_OF}.gptView.prompt.value") == "The river"
+    assert complaints(browser) == []
 
 
 @in_browser

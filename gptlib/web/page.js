@@ -14,13 +14,13 @@ function crc32(text) {
   return ~crc >>> 0;
 }
 
-/** One moment of training: the tensors of a base64 line, by name. */
-function readTensors(header, moment, line) {
+/** The tensors of a base64 line, by name; list: name, rows and columns of each. */
+function readTensors(list, bits, line) {
   const text = atob(line), bytes = new Uint8Array(text.length), tensors = {};
   for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);
-  const view = new DataView(bytes.buffer), half = 2 ** (moment.bits - 1);
+  const view = new DataView(bytes.buffer), half = 2 ** (bits - 1);
   let place = 0;
-  for (const [name, rows, columns] of header.tensors) {
+  for (const [name, rows, columns] of list) {
     const scales = new Float32Array(rows);
     for (let r = 0; r < rows; r++, place += 4) scales[r] = view.getFloat32(place, true);
     if (!columns) {  // a vector: its float32 numbers as they are
@@ -28,17 +28,32 @@ function readTensors(header, moment, line) {
       continue;
     }
     const weights = new Float32Array(rows * columns);
-    let held = 0, bits = 0;
+    let held = 0, have = 0;
     for (let i = 0; i < weights.length; i++) {
-      while (bits < moment.bits) {
+      while (have < bits) {
         held = ((held << 8) | bytes[place++]) & 0xffff;
-        bits += 8;
+        have += 8;
       }
-      bits -= moment.bits;
-      const q = ((held >> bits) & (2 * half - 1)) - half;
+      have -= bits;
+      const q = ((held >> have) & (2 * half - 1)) - half;
       weights[i] = q * scales[Math.floor(i / columns)];
     }
     tensors[name] = weights;
+  }
+  return tensors;
+}
+
+/** The tensors of a base with B times A added where `changes` has such a pair. */
+function adapted(base, changes) {
+  const tensors = { ...base };
+  for (const pair of Object.keys(changes).filter((name) => name.endsWith(" B"))) {
+    const name = pair.slice(0, -2), B = changes[pair], A = changes[name + " A"];
+    const W = tensors[name] = base[name].slice();
+    const rank = Math.sqrt(B.length * A.length / W.length), n = A.length / rank;
+    for (let i = 0; i < B.length; i++) {
+      const row = Math.floor(i / rank) * n, a = (i % rank) * n;
+      for (let j = 0; j < n; j++) W[row + j] += B[i] * A[a + j];
+    }
   }
   return tensors;
 }
@@ -317,10 +332,12 @@ class PageText {
 function openWeights(lines, checksum) {
   if (crc32(lines.join("\n")) !== checksum) throw new Error("the checksum is wrong");
   const header = JSON.parse(lines[0]), models = [];
-  const model = (i) => {
-    const open = () => readTensors(header, header.moments[i], lines[i + 1]);
-    return models[i] || (models[i] = new PageModel(header, open()));
+  const open = (i) => {
+    const { bits, changes } = header.moments[i];
+    const tensors = readTensors(changes || header.tensors, bits, lines[i + 1]);
+    return changes ? adapted(model(i - 1).tensors, tensors) : tensors;
   };
+  const model = (i) => models[i] || (models[i] = new PageModel(header, open(i)));
   return { header, tokenizer: new PageTokenizer(header.tokens), model };
 }
 

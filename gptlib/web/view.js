@@ -18,13 +18,31 @@ const HEADING = document.querySelector(".gpt-alone") ? "h2" : "h3";  // below th
 const EXAMPLES = ["The river", "In the village of", ""];
 const STAGES = ["embedding", "scores", "weights", "residual stream", "logits"];
 
-// A mode says how a prompt becomes tokens and what is said of the finished text. Another
-// mode is another entry; a moment of the weight file names the mode that it is made for.
+// A mode says how a prompt becomes tokens, where a text ends and what is said of it.
+// A moment of the weight file names its mode. Chapter 21 has the marks of a conversation.
+const MARKS = { "\xfd": "user", "\xfe": "assistant", "\xff": "end" };
+const DECLINE = "I do not know .";
 gptPage.modes = {
   continue: {
-    label: "Beginning of a text",
+    label: "Beginning of a text", legend: ({ step }) => `${step} steps`, marks: {}, temperature: 0.7,
+    prompts: () => EXAMPLES,
     ids: (tokenizer, prompt) => [tokenizer.endOfText, ...tokenizer.encode(prompt)],
     verdict: () => "",
+  },
+  ask: {
+    label: "A question about TinyWiki", legend: () => "to answer", marks: MARKS, temperature: 0,
+    prompts: ({ known }) => Object.keys(known).filter((_, i, all) => i % Math.ceil(all.length / 24) === 0),
+    ids: (tokenizer, prompt) => [
+      tokenizer.endOfText, tokenizer.ranks.get("\xfd"), ...tokenizer.encode(" " + prompt.trim()),
+      tokenizer.ranks.get("\xff"), tokenizer.ranks.get("\xfe")],
+    verdict: ({ known }, prompt, reply, ended) => {
+      const question = prompt.trim(), answer = Object.keys(known).includes(question) ? known[question] : "";
+      if (!ended) return "The answer did not end.";
+      if (!answer) return "This page does not know the answer to this question.";
+      if (answer === reply) return reply === DECLINE ? "Right: no article tells this." : "Right.";
+      if (reply === DECLINE) return `Not known to the model. An article tells it: ${answer}`;
+      return answer === DECLINE ? "Invented: no article tells this." : `Wrong. The article says: ${answer}`;
+    },
   },
 };
 
@@ -81,6 +99,10 @@ class View {
     this.prompt = element("textarea", { id, maxlength: 4000, rows: 2, spellcheck: "false" });
     this.prompt.value = EXAMPLES[0];
     this.promptLabel = element("label", { for: id }, gptPage.modes.continue.label);
+    this.others = element("select", { "aria-label": "examples", onchange: () => {
+      this.prompt.value = this.others.value;
+      this.write();
+    } });
     this.button = element("button", { class: "gpt-main", type: "button", onclick: () => this.press() }, "Write");
     const labels = {};
     [this.temperature, labels.temperature] = field("temperature", { min: 0, max: 5, step: 0.1, value: 0.7 });
@@ -98,7 +120,7 @@ class View {
     });
     this.panels = element("div", {});
     root.replaceChildren(
-      this.promptLabel, this.prompt,
+      this.promptLabel, this.prompt, ...(this.small ? [] : [this.others]),
       ...(this.small ? [] : [element("fieldset", {}, ...Object.values(labels))]),
       this.moments, element("p", {}, this.button), this.notice, this.output,
       this.status, this.spoken, this.panels);
@@ -143,19 +165,35 @@ class View {
     }
     if (this.weights) return true;
     this.weights = weights;
-    const last = weights.header.moments.length - 1;
-    this.moment = last;
-    weights.header.moments.forEach(({ step }, i) => {
+    const { moments } = weights.header, last = moments.map(({ mode }) => !mode).lastIndexOf(true);
+    moments.forEach((moment, i) => {
       const radio = element("input", {
         type: "radio", name: `${this.prompt.id}-moment`, value: i,
-        onchange: () => { this.moment = i; this.write(); },
+        onchange: () => { this.turnTo(i); this.write(); },
       });
       radio.checked = i === last;
-      this.moments.append(element("label", {}, radio, `${step} steps`));
+      this.moments.append(element("label", {}, radio, gptPage.modes[moment.mode || "continue"].legend(moment)));
     });
+    this.turnTo(last);
     this.moments.hidden = false;
     weights.model(last);  // opened before it is asked for
     return true;
+  }
+
+  /** Choose a moment; another mode has other prompts. */
+  turnTo(i) {
+    const mode = gptPage.modes[this.weights.header.moments[i].mode || "continue"];
+    this.moment = i;
+    if (mode === this.mode) return;
+    const prompts = mode.prompts(this.weights.header);
+    this.others.replaceChildren(...prompts.map((text) =>
+      element("option", { value: text }, text || "(the beginning of a text)")));
+    if (this.mode) {
+      this.prompt.value = prompts[0];
+      this.temperature.value = mode.temperature;
+    }
+    this.mode = mode;
+    this.promptLabel.textContent = mode.label;
   }
 
   press() {
@@ -182,7 +220,7 @@ class View {
     const run = this.run, began = performance.now();
     if (!(await this.open()) || run !== this.run) return;
     const { tokenizer, header } = this.weights, prompt = this.prompt.value;
-    const mode = gptPage.modes[header.moments[this.moment].mode || "continue"];
+    const { mode } = this, end = tokenizer.ranks.get("\xff");
     const model = this.weights.model(this.moment), settings = this.settings();
     this.running = true;
     this.button.textContent = "Stop";
@@ -211,7 +249,7 @@ class View {
       for (; n < settings.count; n++) {
         const found = await this.text.next(settings, dart, rest);
         if (!n) first = performance.now() - began;
-        ended = found.id === tokenizer.endOfText;
+        ended = found.id === tokenizer.endOfText || (mode.marks === MARKS && found.id === end);
         this.drawn[this.text.ids.length - 1] = { ...found, settings };
         this.show(found.id, this.text.ids.length - 1, found);
         if (!n) this.draw();
@@ -226,8 +264,9 @@ class View {
     this.running = false;
     this.button.textContent = "Write";
     this.measured = { tokens: n, seconds, first };
-    const written = tokenizer.decode(this.text.ids.slice(-n || this.text.ids.length).filter((id) => id < tokenizer.endOfText));
-    const verdict = mode.verdict(prompt, written);
+    const words = this.text.ids.slice(-n || this.text.ids.length);
+    const written = tokenizer.decode(words.filter((id) => id < tokenizer.endOfText && !this.mark(id)));
+    const verdict = mode.verdict(header, prompt, written.trim(), ended);
     this.status.textContent = `${n} tokens, ${Math.round(n / seconds)} tokens/s, the first after ` +
       `${Math.round(first)} ms.${ended ? " The model ended the text." : ""}${verdict ? " " + verdict : ""}` +
       (this.small ? "" : " Choose a token to see where it came from.");
@@ -249,8 +288,8 @@ class View {
   }
 
   show(id, index, found) {
-    const { tokenizer } = this.weights;
-    const text = this.decoder.decode(tokenizer.bytes([id]), { stream: true });
+    const { tokenizer } = this.weights, mark = this.mark(id);
+    const text = mark || this.decoder.decode(tokenizer.bytes([id]), { stream: true });
     const span = element("span", {
       class: found ? "gpt-token" : "gpt-token gpt-prompt", role: this.small ? false : "button", tabindex: this.small ? false : -1,
       "aria-label": !text.trim() && !this.small && (text ? "white space" : id === tokenizer.endOfText ? "end of text" : "part of a character"),
@@ -281,8 +320,14 @@ class View {
     }
   }
 
+  /** How a token is shown that marks a turn of a conversation. */
+  mark(id) {
+    const name = this.mode.marks[this.weights.tokenizer.tokens[id]];
+    return name && `‹${name}›`;
+  }
+
   name(id) {
-    return id === this.weights.tokenizer.endOfText ? "∎" : shown(this.weights.tokenizer.decode([id]));
+    return this.mark(id) || (id === this.weights.tokenizer.endOfText ? "∎" : shown(this.weights.tokenizer.decode([id])));
   }
 
   async choose(index, focus) {
