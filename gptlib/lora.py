@@ -100,7 +100,7 @@ def plain_weights(model: GPT, *, merged: bool) -> dict[str, Tensor]:
     names = model.state_dict().items()
     found = {name: value for name, value in names if "lora_" not in name}
     for name, layer in adapters(model).items():
-        weight = layer.weight if layer.kept is None else layer.kept
+        weight = layer.weight.detach() if layer.kept is None else layer.kept
         found[f"{name}.weight"] = weight + layer.change() if merged else weight
     return found
 

@@ -174,6 +174,9 @@ def test_an_adapter_comes_back_and_two_are_exchanged(tmp_path):
         assert torch.equal(logits(served), logits(model)), "never loaded"
         assert not torch.equal(logits(served), logits(model_of()))
     assert base_hash(served) == weights_hash(model_of())
+    for model in (one, served):  # to save, hash or load thaws nothing
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert len(trained) == 16 and all("lora_" in name for name in trained)
 
 
 @needs_peft
