@@ -28,7 +28,6 @@ from gptlib import GptlibError
 from gptlib.batches import crop_offsets
 from gptlib.corpus import load_corpus
 from gptlib.gpt import GPT
-from gptlib.pretraining import plan
 from gptlib.sampling import generate, seeded, stream
 from gptlib.tokenizer import Tokenizer
 from gptlib.training import TrainConfig
@@ -456,9 +455,10 @@ def finetune_config(base: Path | str, data: str, **changes) -> TrainConfig:
     return dataclasses.replace(record["config"], **ours | SETTINGS | changes)
 
 
-def finetune(config: TrainConfig, options: RunOptions) -> Run | None:
+def finetune(config: TrainConfig, options: RunOptions, **hooks) -> Run | None:
     """Start or resume a fine-tuning, with all that `run_training` promises."""
-    return run_training(config, options, loss_fn=weighted_loss, open_data=open_chats)
+    hooks |= {"loss_fn": weighted_loss, "open_data": open_chats}
+    return run_training(config, options, **hooks)
 
 
 def replies(
@@ -606,19 +606,17 @@ class Finetune:
     eval_interval: int = SETTINGS["eval_interval"]  # steps
     plan: bool = False  # measure, print what it will take at most, and stop
 
+    def config(self) -> TrainConfig:
+        """What these options say, as one configuration."""
+        names = ("steps", "batch_size", "learning_rate", "seed", "eval_interval")
+        changes = {name: getattr(self, name) for name in names}
+        return finetune_config(self.run, self.data, **changes)
+
 
 def main() -> None:
-    """`gptlib finetune --run R --data FILE --out FOLDER` and `gptlib chat --run R`."""
+    """`gptlib chat --run R`; the command finetune is in gptlib.lora."""
     with errors_in_one_line():
-        if sys.argv[0].endswith("chat"):
-            return talk_with(tyro.cli(ChatOptions))
-        command = tyro.cli(Finetune)
-        names = ("steps", "batch_size", "learning_rate", "seed", "eval_interval")
-        changes = {name: getattr(command, name) for name in names}
-        config = finetune_config(command.run, command.data, **changes)
-        if command.plan:
-            return print(plan(config, command.options))
-        finetune(config, command.options)
+        talk_with(tyro.cli(ChatOptions))
 
 
 if __name__ == "__main__":

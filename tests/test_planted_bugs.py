@@ -203,6 +203,13 @@ BUGS = [
     Bug("conversations in one row see each other", "finetuning", "model.hidden(tokens)[counted]", "model.hidden(tokens.reshape(1, -1)).view(*tokens.shape, -1)[counted]", "finetuning::padded_together_equals_one_by_one"),
     Bug("every process reads the same conversations", "finetuning", "first, stride = rank *", "first, stride = 0 *", "finetuning::processes_share_the_conversations_of_a_step"),
     Bug("a schedule that never moves", "training", "config.rate(state.step)", "config.rate(0)", "finetuning::the_rate_moves"),
+    Bug("alpha without the division by the rank", "lora", "self.alpha, self.scale = alpha, alpha / rank", "self.alpha, self.scale = alpha, alpha", "lora::alpha_is_divided_by_the_rank[2]"),
+    Bug("A and B both begin at zero", "lora", "uniform_(-bound, bound, generator=generator)", "zero_()", "lora::at_the_start_it_is_the_base_bit_for_bit_and_something_can_move"),
+    Bug("the base trains too", "lora", "model.requires_grad_(False)", "pass", "lora::only_the_adapters_train"),
+    Bug("merged twice", "lora", "for layer in unmerged(model).values():\n        layer.kept", "for layer in adapters(model).values():\n        layer.kept", "lora::merging_twice_is_refused"),
+    Bug("unmerged by subtraction", "lora", "layer.weight.copy_(layer.kept)", "layer.weight -= layer.change()", "lora::merged_equals_unmerged_and_unmerging_restores_the_bits"),
+    Bug("adapters trained and never loaded", "lora", "layer.lora_B.copy_(weights[peft_name(name, \"lora_B\")])", "pass", "lora::an_adapter_comes_back_and_two_are_exchanged"),
+    Bug("any base will do", "lora", "if base not in (None, own := base_hash(model)):", "if (own := base_hash(model)) and not base and False:", "lora::an_adapter_of_another_base_is_refused"),
     Bug("a line end inside a text ends the line", "finetuning", '.split("\\n")', ".splitlines()", "finetuning::a_line_separator_inside_a_text_ends_no_line"),
 ]  # fmt: skip
 

@@ -29,6 +29,7 @@ from gptlib.sampling import sample_texts, stream_text
 from gptlib.tokenizer import Tokenizer, load_tokenizer
 from gptlib.training import (
     PRESETS,
+    Precision,
     TrainConfig,
     TrainState,
     WithLoss,
@@ -120,7 +121,14 @@ def decisive(config: TrainConfig) -> dict:
     return values | config.spans()
 
 
-def check_folder(out: Path, config: TrainConfig) -> dict | None:
+def all_weights(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
+    """What a run trains if nothing else is said: every weight of its model."""
+    return TrainState(model, optimizer_of(model, config), precision)
+
+
+def check_folder(
+    out: Path, config: TrainConfig, trains: str = "all_weights"
+) -> dict | None:
     """The record of the run in a folder; None if a new one can begin there.
 
     Raises RunError if the folder holds a run of other settings, or something else. It
@@ -141,6 +149,11 @@ def check_folder(out: Path, config: TrainConfig) -> dict | None:
                 f"{out} holds a run with {key} = {before.get(key)}, not "
                 f"{now.get(key)}; choose another --out or delete it"
             )
+    if (was := record.get("trains", "all_weights")) != trains:
+        raise RunError(
+            f"{out} holds a run that trains {was}, not {trains}; choose another --out "
+            "or delete it"
+        )
     return record
 
 
@@ -278,10 +291,12 @@ class Leg:
         loss_fn: Callable[..., Tensor],
         open_init: Callable[[str], Run],
         open_data: Callable[..., Data],
+        make_state: Callable[..., TrainState] = all_weights,
     ):
         self.config, self.options, self.world = config, options, world
         self.out = Path(options.out)
-        record = check_folder(self.out, config)
+        trains = getattr(make_state, "__name__", None) or str(make_state)
+        record = check_folder(self.out, config, trains)
         size = options.micro_batch_size
         self.micro_batch_size = fit_micro_batch(config.batch_size, size, world.size)
         self.checkpoints = Checkpoints(self.out / "checkpoints", options.keep, self.say)
@@ -310,6 +325,8 @@ class Leg:
                 "data": data.hashes,
                 "held_out": data.held_out,
             }
+            if make_state is not all_weights:
+                new["trains"] = trains
             if config.init and not begun:
                 new["init_hash"] = weights_hash(model)
             self.write_record(record, new)
@@ -317,7 +334,7 @@ class Leg:
             remove_leftovers(self.checkpoints.folder)
             world.wait()  # from here on the others read what is cached
         model = model.to(world.device)
-        self.state = TrainState(model, optimizer_of(model, config), precision)
+        self.state = make_state(model, config, precision)
         self.restore(record)
         self.module = WithLoss(model, loss_fn)
         limits = options.max_steps, options.max_minutes, options.save_minutes
@@ -449,10 +466,12 @@ def run_training(
     loss_fn: Callable[..., Tensor] = plain_loss,
     open_init: Callable[[str], Run] = load_run,
     open_data: Callable[..., Data] = open_corpus,
+    make_state: Callable[..., TrainState] = all_weights,
 ) -> Run | None:
     """Start or resume the run in `options.out`, and train to the end of this leg.
 
     open_init: opens what `config.init` names. open_data: what `config.corpus` names.
+    make_state: makes what is trained; its name or `str` goes into the record.
     Returns the run as it stands; None in processes other than the first. Raises
     GptlibError's subclasses.
     """
@@ -460,7 +479,8 @@ def run_training(
     if options.deterministic:
         devices.make_deterministic()
     with processes(process_device(options.device)) as world, devices.memory_advice():
-        if check_folder(out, config):  # a cheap refusal first
+        trains = getattr(make_state, "__name__", None) or str(make_state)
+        if check_folder(out, config, trains):  # a cheap refusal first
             steps = Checkpoints(out / "checkpoints").steps()
             if steps and steps[-1] >= config.steps:
                 run = load_run(out, "last", device=str(world.device))
@@ -472,7 +492,8 @@ def run_training(
         with held if world.is_main else contextlib.nullcontext():
             if not world.is_main:
                 world.wait()  # the main process fills the caches first
-            leg = Leg(config, options, world, loss_fn, open_init, open_data)
+            hooks = loss_fn, open_init, open_data, make_state
+            leg = Leg(config, options, world, *hooks)
             leg.run()
         model = leg.state.model.eval()
         run = Run(out, model, leg.tokenizer, config, leg.state.step)
