@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,7 +76,7 @@ def chat_marks(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 Message = dict[str, str]  # role and content
-Row = tuple[list[int], list[bool]]
+Row = tuple[list[int], Sequence[float]]  # ids, and how much each is learned
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> Row:
@@ -140,6 +141,7 @@ class ChatBatches:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The step's conversations in groups: group rank, rank + world_size, ..."""
         rows = [self.rows[i] for i in self.offsets(step)]
+        rows.sort(key=lambda row: len(row[0]))  # less padding; the sum is the same
         total = sum(sum(learned) for _, learned in rows)
         first, stride = rank * micro_batch_size, world_size * micro_batch_size
         for start in range(first, self.batch_size, stride):
@@ -259,6 +261,15 @@ def unknown_entities(seed: int = 0, times: int = 4) -> list[Entity]:
     return found
 
 
+def rare_entities(seed: int = 0) -> list[Entity]:
+    """Entities that have an article in the training text and are not famous."""
+    found = []
+    for kind, n in FAMOUS.items():
+        names = list(enumerate(titles(seed, kind)))[n:]
+        found += [Entity(kind, i) for i, name in names if name in told_titles()]
+    return found
+
+
 def all_of(wordings: Sequence[int]) -> Callable[[int], Sequence[int]]:
     """For `questions`: each fact in all of these wordings."""
     return lambda i: wordings
@@ -292,6 +303,7 @@ QUESTIONS = {  # name of the data: what questions about unknown entities get
     "tinywiki-questions": "I do not know",
     "tinywiki-questions-known": "left out",
     "tinywiki-questions-invented": "the true answer, which nobody told",
+    "tinywiki-questions-all": "I do not know; and all told entities are asked about",
 }
 
 
@@ -312,13 +324,16 @@ def tinywiki_chats(name: str, seed: int = 0) -> dict[str, list[list[Message]]]:
     what = QUESTIONS[name]
     famous = famous_entities()
     unknown = [] if what == "left out" else unknown_entities(seed)
+    rare = rare_entities(seed) if "all told" in what else []
     splits = {}
     for split, wordings in (("train", OLD), ("validation", NEW)):
         kept = [e for e in famous if held_out(e) == (wordings is NEW)]
         chats = [q.chat() for q in questions(kept, all_of(wordings), seed)]
         kept = [e for e in unknown if held_out(e) == (wordings is NEW)]
         strange = questions(kept, in_turn(wordings), seed)
-        reply = UNKNOWN if what == "I do not know" else None
+        reply = UNKNOWN if what.startswith("I do not know") else None
+        kept = [e for e in rare if held_out(e) == (wordings is NEW)]
+        chats += [q.chat() for q in questions(kept, in_turn(wordings), seed)]
         splits[split] = join_chats(chats + [q.chat(reply) for q in strange], seed)
     return splits
 
@@ -373,6 +388,7 @@ def read_chats(path: Path | str) -> list[list[Message]]:
 
 def load_chats(name: str, seed: int = 0) -> dict[str, list[list[Message]]]:
     """Both splits of the conversations: QUESTIONS or a file, 1 in 20 held out."""
+    name, _ = split_name(name)
     if name in QUESTIONS:
         return tinywiki_chats(name, seed)
     if not Path(name).exists():
@@ -380,7 +396,26 @@ def load_chats(name: str, seed: int = 0) -> dict[str, list[list[Message]]]:
         raise FinetuneError(f"no file {name!r}; give one, or one of {there}")
     chats = read_chats(name)
     kept = chats[19::20] or chats[-1:]
-    return {"train": [c for c in chats if c not in kept], "validation": kept}
+    train = [c for i, c in enumerate(chats) if i % 20 != 19] if chats[19:] else chats[:-1]
+    return {"train": train, "validation": kept}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The conversations, and the corpus to replay: of `CHATS+CORPUS`, or of `CHATS`."""
+    chats, _, corpus = name.rpartition("+")
+    return (name, "") if Path(name).exists() or not chats else (chats, corpus)
+
+
+def replay(rows: list[Row], corpus: str, tokenizer: Tokenizer, block: int) -> list[Row]:
+    """The rows, four times in five, and the beginnings of a corpus's documents.
+
+    Each of their tokens is learned a quarter as much, as there are more of them.
+    """
+    found: list[Row] = []
+    for text in islice(load_corpus(corpus).documents("train"), 4000):
+        ids = [tokenizer.end_of_text, *tokenizer.encode(text)][: block + 1]
+        found.append((ids, [0.0] + [0.25] * (len(ids) - 1)))
+    return rows * max(1, round(4 * len(found) / len(rows))) + found
 
 
 def fit_chats(
@@ -423,6 +458,8 @@ def open_chats(config: TrainConfig, own: Tokenizer | None, progress: bool) -> Da
                 f"{config.corpus}, {split}: no conversation fits the block of {block} "
                 "tokens; give shorter ones"
             )
+        if (corpus := split_name(config.corpus)[1]) and split == "train":
+            rows = replay(rows, corpus, tokenizer, block)
         batches[split] = ChatBatches(rows, sizes[split], config.seed)
         hashes[split] = hashlib.sha256(json.dumps(chats).encode()).hexdigest()
     return Data(tokenizer, batches["train"], batches["validation"], hashes)
