@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -545,6 +546,7 @@ def evaluate_protocols(
     run = open_model(options, open_weights)
     settings = settings_of(options, run) | {"progress": progress}
     pieces = load_corpus(settings["corpus"]).pieces(options.split)
+    pieces = islice(pieces, options.max_documents)
     results = all_protocols(run.model, pieces, run.tokenizer, **settings)
     if options.out:
         stored = {name: dataclasses.asdict(one) for name, one in results.items()}

@@ -359,9 +359,7 @@ def test_weights_are_evaluated_as_the_run_that_they_came_from(place):
     pytest.importorskip("transformers")
     assert command(place, "export", "--run", "run", "--out", "hf-e").returncode == 0
     shown = [
-        command(
-            place, "evaluate", *given, "--corpus", "text.txt", "--no-separate"
-        ).stdout
+        command(place, "evaluate", *given, "--corpus", "text.txt").stdout
         for given in (["--run", "run", "--which", "last"], ["--weights", "./hf-e"])
     ]
     assert shown[0].splitlines()[2:] == shown[1].splitlines()[2:] and shown[0]
