@@ -117,6 +117,19 @@ def test_search_index_knows_a_heading_for_what_people_look_for():
         assert any(query in title.lower() for title in titles), (query, titles)
 
 
+def test_styles_lose_what_no_page_names():
+    sys.path.insert(0, str(ROOT / "book/_ext"))
+    from lighter import purge
+
+    css = """.a, .b:hover { top: 0 } .c { top: 0 } p > .bs-tip { top: 0 }
+        @media print { .c { top: 0 } .a:not(.c) { top: 0 } } @media all { .c { top: 0 } }
+        @font-face { font-family: x } #b { top: 0 }"""
+    assert purge(css, {"a", "bs-"}).split("\n") == [
+        ".a{top: 0}", "p > .bs-tip{top: 0}", "@media print{.a:not(.c){top: 0}}",
+        "@font-face { font-family: x }", "#b{top: 0}",
+    ]  # fmt: skip
+
+
 def test_a_fold_says_what_it_holds():
     plain = "code cell (?:source|content|output)"
     found = {name_of(p): re.findall(plain, p.read_text("utf-8")) for p in PAGES}
@@ -227,6 +240,10 @@ def test_nothing_is_cut_or_heavy_and_formulas_stand(browser, site, path, width):
     assert shown or name_of(path) != CHAPTER_4
     assert browser.js("document.querySelectorAll('mjx-merror').length") == 0
     check_weight(requested(browser), site)
+    icons = (
+        """document.fonts.load('900 1em "Font Awesome 6 Free"').then(f => f.length)"""
+    )
+    assert browser.js(icons) == 1
     assert browser.js("document.documentElement.scrollWidth") <= width
     assert browser.js(CUT) == []
     assert browser.js(WIDE) == []

@@ -228,7 +228,9 @@ def fold_title(cell: nbformat.NotebookNode) -> str:
         return ", ".join(names[: 3 if more else 4]) + more
     if isinstance(body[0], ast.Import | ast.ImportFrom):
         only = all(isinstance(n, ast.Import | ast.ImportFrom) for n in body)
-        return "Imports" if only else "Imports and settings"
+        module = "export" in cell.metadata.get("tags", [])
+        title = "The imports of the module" if module else "The imports of this chapter"
+        return title if only else f"{title}, and settings"
     return ""
 
 
