@@ -1,0 +1,306 @@
+"""What rewards change: the figures of chapter 23.
+
+`python tools/rewards.py` trains the demo if GPTLIB_RUNS has no such run yet, fine-tunes
+starts from it, and trains these on rewards. It writes ledger/rewards/NAME.json. About
+fifteen minutes on two cores, and the demo's training. With names of parts (starts,
+backwards, tinywiki, length, first_word) it makes these alone; unfinished runs go on where they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from gptlib.finetuning import chat_batch, finetune, finetune_config, test_sets
+from gptlib.pretraining import pretrain
+from gptlib.rewards import (
+    TASKS,
+    Prompt,
+    RewardSettings,
+    answer_row,
+    draw_answers,
+    equal_share,
+    fact_score,
+    prompt_ids,
+    reply_text,
+    reward,
+    reward_config,
+    score_groups,
+    token_log_probs,
+)
+from gptlib.training import PRESETS
+from gptlib.workshop.runs import Run, RunOptions
+from gptlib.workshop.watching import read_rows
+
+
+LEDGER = Path(__file__).parents[1] / "ledger" / "rewards"
+RUNS = Path(os.environ.get("GPTLIB_RUNS", "runs"))
+HOW = {"precision": "fp32", "progress": False, "micro_batch_size": 16, "device": "cpu"}
+
+
+def folder(name: str, config) -> Path:
+    key = hashlib.sha256(repr(config).encode()).hexdigest()[:8]
+    return RUNS / f"{name}-{key}"
+
+
+def write(name: str, record: dict) -> None:
+    LEDGER.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=1) + "\n"
+    (LEDGER / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def demo() -> Run:
+    config = PRESETS["demo"]
+    options = {"precision": "fp32", "progress": False}
+    return pretrain(config, RunOptions(folder("demo", config), **options))
+
+
+def with_answers(prompts: list[Prompt], path: Path) -> str:
+    """A file of conversations with right answers."""
+    turns = [[*p.chat, {"role": "assistant", "content": p.answer}] for p in prompts]
+    lines = "".join(json.dumps({"messages": turn}) + "\n" for turn in turns)
+    path.write_text(lines, encoding="utf-8")
+    return str(path)
+
+
+def start_of(task: str, steps: int) -> Run:
+    """The demo, fine-tuned for some steps."""
+    data, changes = "tinywiki-questions", {}
+    if task == "backwards":  # a quarter of the words
+        words = TASKS["backwards"]()["train"][::4]
+        data, changes = (
+            with_answers(words, RUNS / "words.jsonl"),
+            {"learning_rate": 2e-3},
+        )
+    config = finetune_config(demo().path, data, steps=steps, **changes)
+    return finetune(config, RunOptions(folder(f"start-{task}", config), **HOW))
+
+
+def starts() -> None:
+    found = []
+    for task, steps in (
+        *(("tinywiki", n) for n in (15, 30, 60, 120)),
+        *(("backwards", n) for n in (25, 50, 100, 200)),
+    ):
+        run = start_of(task, steps)
+        for name in (task, "backwards-exact") if task == "backwards" else (task,):
+            prompts = TASKS[name]()["train"]
+            some = prompts[:: len(prompts) // 100][:100]
+            _, rewards = score_groups(run.model, run.tokenizer, some)
+            row = {"task": name, "steps": steps, "mean": rewards.mean().item()}
+            row |= {"right": (rewards == 1).float().mean().item()}
+            found.append(row | {"equal": equal_share(rewards)})
+            print(found[-1], flush=True)
+    write("starts", {"starts": found})
+
+
+def stated(run: Run, prompts: list[Prompt]) -> list[tuple[float, str]]:
+    """The most probable answers: their stated probabilities, and their texts."""
+    model, tokenizer, found = run.model, run.tokenizer, []
+    ids = [prompt_ids(tokenizer, p) for p in prompts]
+    drawn = draw_answers(model, tokenizer, ids, range(len(ids)), temperature=0.0)
+    for i in range(0, len(ids), 64):
+        rows = [answer_row(*pair) for pair in zip(ids[i : i + 64], drawn[i : i + 64])]
+        with torch.no_grad():
+            logs = token_log_probs(model, *chat_batch(rows, 1.0), tokenizer.n_vocab)
+        texts = [reply_text(tokenizer, a) for a in drawn[i : i + 64]]
+        found += zip(logs.sum(1).exp().tolist(), texts, strict=True)
+    return found
+
+
+def measure(run: Run, sets: dict[str, list[Prompt]]) -> dict:
+    """Greedy rewards, stated probabilities, and groups of 8, for each set."""
+    found = {}
+    for name, prompts in sets.items():
+        pairs = stated(run, prompts)
+        scores = [p.score(text) for p, (_, text) in zip(prompts, pairs, strict=True)]
+        some = prompts[:: max(1, len(prompts) // 80)][:80]
+        replies, rewards = score_groups(run.model, run.tokenizer, some, seed=9)
+        top = [max(set(group), key=group.count) for group in replies]
+        votes = [p.score(text) for p, text in zip(some, top, strict=True)]
+        found[name] = {
+            "rewards": [round(s, 3) for s in scores],
+            "declined": sum(text == "I do not know ." for _, text in pairs),
+            "stated": [round(p, 4) for p, _ in pairs],
+            "n_groups": len(some),
+            "drawn": (rewards == 1).float().mean().item(),
+            "best_of_8": (rewards == 1).any(1).float().mean().item(),
+            "vote_of_8": fmean(v == 1 for v in votes),
+            "equal": equal_share(rewards),
+        }
+        right = fmean(s == 1 for s in scores)
+        brief = {k: round(v, 3) for k, v in found[name].items() if isinstance(v, float)}
+        print("   ", name, round(right, 3), brief, flush=True)
+    return found
+
+
+def tinywiki_sets() -> dict[str, list[Prompt]]:
+    """Chapter 21's test sets as prompts."""
+    found = {}
+    for name, some in test_sets().items():
+        told = name != "never told"
+        found[name] = [
+            Prompt(
+                q.chat()[:1], q.answer, lambda r, q=q, told=told: fact_score(q, told, r)
+            )
+            for q in some
+        ]
+    return found
+
+
+def rewarded(name: str, base: Run, settings: RewardSettings, **changes) -> Run:
+    config = reward_config(base.path, settings, **changes)
+    return reward(config, RunOptions(folder(name, config), **HOW))
+
+
+def log_of(run: Run) -> list[dict]:
+    """A row for each step: means over its groups."""
+    rows, found = read_rows(run.path / "rollouts.jsonl"), []
+    for step in sorted({row["step"] for row in rows}):
+        some = [row for row in rows if row["step"] == step]
+        row = {"step": step, "kl": fmean(r["kl"] for r in some)}
+        row["clipped"] = fmean(r["clipped"] for r in some)
+        if "rewards" in some[0]:
+            row["reward"] = fmean(fmean(r["rewards"]) for r in some)
+            row["equal"] = fmean(len(set(r["rewards"])) == 1 for r in some)
+        found.append({k: round(v, 5) for k, v in row.items()})
+    return found
+
+
+def cost(run: Run, task: str, group: int) -> int:
+    """Tokens of a run with rewards, as forward passes.
+
+    A drawn token is one; in a step it is three, and one for the reference.
+    """
+    ids = [len(prompt_ids(run.tokenizer, p)) for p in TASKS[task]()["train"]]
+    total = 0
+    for row in read_rows(run.path / "rollouts.jsonl"):
+        tokens = row["tokens"] + group * ids[row["prompt"]]
+        total += tokens * (5 if "replies" in row else 4)
+    return total
+
+
+def rejection(
+    name: str, base: Run, task: str, budget: int, n: int, rate: float
+) -> tuple:
+    """Rounds of: draw 8 answers to n prompts, keep the right ones, fine-tune on them.
+
+    Until the budget of tokens is spent. Returns the last run, the tokens, the rounds.
+    """
+    run, prompts, spent, round_ = base, TASKS[task]()["train"], 0, 0
+    while spent < budget:
+        order = torch.randperm(
+            len(prompts), generator=torch.Generator().manual_seed(round_)
+        )
+        some = [prompts[i] for i in order[:n].tolist()]
+        replies, rewards = score_groups(run.model, run.tokenizer, some, seed=round_)
+        kept, tokens = [], 0
+        for p, group, scores in zip(some, replies, rewards, strict=True):
+            length = len(prompt_ids(run.tokenizer, p))
+            tokens += sum(length + 1 + len(run.tokenizer.encode(t)) for t in group)
+            right = {t for t, s in zip(group, scores.tolist()) if s == 1}
+            kept += [Prompt(p.chat, t, p.score) for t in sorted(right)]
+        data = with_answers(kept, RUNS / f"{name}-{round_}.jsonl")
+        steps = max(10, 3 * len(kept) // 16)
+        config = finetune_config(
+            run.path, data, steps=steps, learning_rate=rate, eval_interval=steps
+        )
+        run = finetune(config, RunOptions(folder(f"{name}-{round_}", config), **HOW))
+        spent += tokens + 3 * steps * 16 * tokens // (8 * n)
+        round_ += 1
+        print(
+            name,
+            round_,
+            f"{len(kept)} kept of {n}, {spent:,} of {budget:,}",
+            flush=True,
+        )
+    return run, spent, round_
+
+
+def backwards() -> None:
+    base = start_of("backwards", 100)
+    sets = {s: TASKS["backwards"]()[s] for s in ("train", "validation")}
+    record = {"start": measure(base, sets)}
+    equal = 0
+    for updates in (1, 4):
+        settings = RewardSettings("backwards", updates=updates)
+        name, changes = (
+            f"backwards-{updates}",
+            {"learning_rate": 3e-4, "batch_size": 16},
+        )
+        run = rewarded(name, base, settings, steps=100 * updates, **changes)
+        budget = cost(run, "backwards", settings.group)
+        record[name] = {"settings": settings.name, "log": log_of(run), "cost": budget}
+        record[name]["sets"] = measure(run, sets)
+        print(name, budget, record[name]["log"][-1], flush=True)
+        equal = budget if updates == 1 else equal
+    loose = RewardSettings("backwards", updates=4, clip=1.0, kl=0.0)
+    run = rewarded("backwards-loose", base, loose, steps=400, **changes)
+    record["backwards-loose"] = {"settings": loose.name, "log": log_of(run)}
+    record["backwards-loose"]["sets"] = measure(run, sets)
+    run, spent, rounds = rejection("own-words", base, "backwards", equal, 200, 5e-4)
+    record["rejection"] = {"cost": spent, "rounds": rounds, "sets": measure(run, sets)}
+    write("backwards", record)
+
+
+def tinywiki() -> None:
+    base, sets = start_of("tinywiki", 60), tinywiki_sets()
+    record = {"start": measure(base, sets)}
+    settings = RewardSettings()
+    run = rewarded(
+        "tinywiki", base, settings, steps=100, batch_size=16, learning_rate=2e-4
+    )
+    budget = cost(run, "tinywiki", settings.group)
+    record["rewards"] = {"settings": settings.name, "log": log_of(run), "cost": budget}
+    record["rewards"]["sets"] = measure(run, sets)
+    write("tinywiki", record)
+    run, spent, rounds = rejection("own-facts", base, "tinywiki", budget, 200, 3e-4)
+    record["rejection"] = {"cost": spent, "rounds": rounds, "sets": measure(run, sets)}
+    write("tinywiki", record)
+
+
+def hack(task: str, score: Callable[[Prompt, str], float]) -> None:
+    """Train on a flawed reward without a KL; both scores after every ten steps."""
+    base, sets, curve = start_of("tinywiki", 60), tinywiki_sets(), []
+    prompts = [
+        p for k in ("trained", "new wording", "never told") for p in sets[k][::4]
+    ]
+    settings = RewardSettings(task, kl=0.0)
+    changes = {"batch_size": 16, "learning_rate": 3e-4, "eval_interval": 60}
+    config = reward_config(base.path, settings, steps=60, **changes)
+    options, run = RunOptions(folder(task, config), max_steps=10, **HOW), base
+    for step in range(0, config.steps + 1, 10):
+        run = reward(config, options) if step else base
+        texts = [text for _, text in stated(run, prompts)]
+        pairs = list(zip(prompts, texts, strict=True))
+        row = {"step": run.step if step else 0}
+        row["right"] = fmean(p.score(t) == 1 for p, t in pairs)
+        row["flawed"] = fmean(score(p, t) for p, t in pairs)
+        curve.append(row | {"examples": [texts[0], texts[60], texts[-1]]})
+        print(task, curve[-1], flush=True)
+    record = {"settings": settings.name, "n": len(prompts), "curve": curve}
+    write(task, record | {"log": log_of(run)})
+
+
+def length() -> None:
+    hack("tinywiki-length", lambda p, text: min(len(text.split()), 20) / 20)
+
+
+def first_word() -> None:
+    same = lambda p, text: text.split(" ")[0] == p.answer.split(" ")[0]
+    hack("tinywiki-first-word", same)
+
+
+PARTS = {p.__name__: p for p in (starts, backwards, tinywiki, length, first_word)}
+
+
+if __name__ == "__main__":
+    for part in sys.argv[1:] or PARTS:
+        PARTS[part]()
