@@ -412,7 +412,7 @@ class Rollouts:
         return found
 
     def resume(self, step: int) -> None:
-        """Go on in the file: drop what came after a checkpoint, take up what is held."""
+        """Go on in the file: drop what came after a checkpoint, take what is held."""
         cut_rows(self.path, step)
         drawn_at = step - step % self.settings.updates
         for row in read_rows(self.path):
@@ -499,7 +499,7 @@ class Rollouts:
         reference: Tensor,
         mask: Tensor,
     ) -> None:
-        """A row for each group: its KL in nats per answer, the share clipped, answers."""
+        """A row for each group: KL in nats per answer, the share clipped, answers."""
         n, several = len(groups), self.settings.updates > 1
         divergence = (k3(new, reference) * mask).sum(1).reshape(n, -1).mean(1)
         outside = ((new - old).exp() - 1).abs() > self.settings.clip
@@ -625,7 +625,7 @@ def fit_pairs(
 
 @dataclass(frozen=True)
 class Reward:
-    """Train a fine-tuned model on rewards. On an unfinished --out the command goes on."""
+    """Train a fine-tuned model on rewards. On an unfinished --out it goes on."""
 
     options: Annotated[RunOptions, tyro.conf.arg(name="")]
     run: Path  # the --out folder of a fine-tuned model

@@ -290,7 +290,7 @@ def test_answers_are_scored_at_the_temperature_that_drew_them(tmp_path):
     rollouts, model = rollouts_of(tmp_path, temperature=0.5), model_of().train()
     (places,) = parts_of(rollouts)
     rollouts(model, places)
-    for (step, place), group in rollouts.held.items():
+    for (_, place), group in rollouts.held.items():
         ids = rollouts.ids["train"][int(places[place, 2])]
         wanted = []
         for answer in group["ids"]:

@@ -3,7 +3,7 @@
 `python tools/rewards.py` trains the demo if GPTLIB_RUNS has no such run yet, fine-tunes
 starts from it, and trains these on rewards. It writes ledger/rewards/NAME.json. About
 fifteen minutes on two cores, and the demo's training. With names of parts (starts,
-backwards, tinywiki, length, first_word) it makes these alone; unfinished runs go on where they were.
+backwards, tinywiki, length, first_word) it makes these alone.
 """
 
 from __future__ import annotations
