@@ -157,7 +157,8 @@ def tinywiki_sets() -> dict[str, list[Prompt]]:
 
 def rewarded(name: str, base: Run, settings: RewardSettings, **changes) -> Run:
     config = reward_config(base.path, settings, **changes)
-    return reward(config, RunOptions(folder(name, config), **HOW))
+    run = reward(config, RunOptions(folder(name, config), **HOW))
+    return run if run.step == config.steps else sys.exit("stopped; the same goes on")
 
 
 def log_of(run: Run) -> list[dict]:
@@ -255,7 +256,7 @@ def tinywiki() -> None:
     record = {"start": measure(base, sets)}
     settings = RewardSettings()
     run = rewarded(
-        "tinywiki", base, settings, steps=100, batch_size=16, learning_rate=2e-4
+        "tinywiki", base, settings, steps=80, batch_size=16, learning_rate=2e-4
     )
     budget = cost(run, "tinywiki", settings.group)
     record["rewards"] = {"settings": settings.name, "log": log_of(run), "cost": budget}
@@ -266,17 +267,17 @@ def tinywiki() -> None:
     write("tinywiki", record)
 
 
-def hack(task: str, score: Callable[[Prompt, str], float]) -> None:
-    """Train on a flawed reward without a KL; both scores after every ten steps."""
+def hack(task: str, score: Callable[[Prompt, str], float], steps: int) -> None:
+    """Train on a flawed reward without a KL; both scores at five points and the end."""
     base, sets, curve = start_of("tinywiki", 60), tinywiki_sets(), []
     prompts = [
         p for k in ("trained", "new wording", "never told") for p in sets[k][::4]
     ]
     settings = RewardSettings(task, kl=0.0)
-    changes = {"batch_size": 16, "learning_rate": 3e-4, "eval_interval": 60}
-    config = reward_config(base.path, settings, steps=60, **changes)
-    options, run = RunOptions(folder(task, config), max_steps=10, **HOW), base
-    for step in range(0, config.steps + 1, 10):
+    changes = {"batch_size": 16, "learning_rate": 3e-4, "eval_interval": steps}
+    config = reward_config(base.path, settings, steps=steps, **changes)
+    options, run = RunOptions(folder(task, config), max_steps=steps // 5, **HOW), base
+    for step in range(0, steps + 1, steps // 5):
         run = reward(config, options) if step else base
         texts = [text for _, text in stated(run, prompts)]
         pairs = list(zip(prompts, texts, strict=True))
@@ -290,12 +291,12 @@ def hack(task: str, score: Callable[[Prompt, str], float]) -> None:
 
 
 def length() -> None:
-    hack("tinywiki-length", lambda p, text: min(len(text.split()), 20) / 20)
+    hack("tinywiki-length", lambda p, text: min(len(text.split()), 20) / 20, 20)
 
 
 def first_word() -> None:
     same = lambda p, text: text.split(" ")[0] == p.answer.split(" ")[0]
-    hack("tinywiki-first-word", same)
+    hack("tinywiki-first-word", same, 40)
 
 
 PARTS = {p.__name__: p for p in (starts, backwards, tinywiki, length, first_word)}
