@@ -424,9 +424,11 @@ def test_three_legs_equal_one_byte_for_byte(base, updates):
 
 KILLED = """
 import os, sys
+from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_rewards as t
 from gptlib import rewards
+t.torch.set_num_threads({threads})
 calls, draw = [], rewards.Rollouts.__call__
 def dying(self, model, places):
     loss = draw(self, model, places)
@@ -435,14 +437,15 @@ def dying(self, model, places):
         os.kill(os.getpid(), 9)
     return loss
 rewards.Rollouts.__call__ = dying
-base = t.Path({base!r})
+base = Path({base!r})
 t.leg(rewards.reward, t.config_of(base, 3), base / "killed", save_minutes=0)
 """
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(base):
     """Killed after the rows of step 8 are written and before its update."""
-    script = KILLED.format(tests=os.path.dirname(__file__), base=str(base))
+    where = {"tests": os.path.dirname(__file__), "base": str(base)}
+    script = KILLED.format(**where, threads=torch.get_num_threads())
     done = subprocess.run([sys.executable, "-c", script], timeout=120)
     assert done.returncode == -9
     assert read_rows(base / "killed" / "rollouts.jsonl")[-1]["step"] == 8
