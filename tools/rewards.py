@@ -13,12 +13,19 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import torch
 
-from gptlib.finetuning import chat_batch, finetune, finetune_config, test_sets
+from gptlib.finetuning import (
+    UNKNOWN,
+    chat_batch,
+    finetune,
+    finetune_config,
+    test_sets,
+)
 from gptlib.pretraining import pretrain
 from gptlib.rewards import (
     TASKS,
@@ -131,7 +138,7 @@ def measure(run: Run, sets: dict[str, list[Prompt]]) -> dict:
         _, rewards = score_groups(run.model, run.tokenizer, some, seed=9)
         found[name] = {
             "rewards": [round(s, 3) for s in scores],
-            "declined": sum(text == "I do not know ." for _, text in pairs),
+            "declined": "".join(str(int(text == UNKNOWN)) for _, text in pairs),
             "stated": [round(p, 4) for p, _ in pairs],
             "n_groups": len(some),
             "drawn": (rewards == 1).float().mean().item(),
@@ -151,7 +158,9 @@ def tinywiki_sets() -> dict[str, list[Prompt]]:
         told = name != "never told"
         found[name] = [
             Prompt(
-                q.chat()[:1], q.answer, lambda r, q=q, told=told: fact_score(q, told, r)
+                q.chat()[:1],
+                q.answer if told else UNKNOWN,
+                partial(fact_score, q, told),
             )
             for q in some
         ]
@@ -217,6 +226,8 @@ def rejection(
             run.path, data, steps=steps, learning_rate=rate, eval_interval=steps
         )
         run = finetune(config, RunOptions(folder(f"{name}-{round_}", config), **HOW))
+        if run.step < steps:
+            sys.exit("stopped; the same command goes on")
         spent += tokens + 3 * steps * 16 * tokens // (8 * n)
         round_ += 1
         print(
@@ -228,42 +239,63 @@ def rejection(
     return run, spent, round_
 
 
+def unfinished(name: str) -> dict:
+    """What the ledger has of a part already; it is not measured again."""
+    path = LEDGER / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def against_rejection(
+    task: str,
+    base: Run,
+    sets: dict,
+    runs: dict[str, Callable[[], Run]],
+    own: tuple[str, float],
+) -> None:
+    """Measure the start, the runs, and rejection sampling for the first run's cost."""
+    record = unfinished(task)
+    if "start" not in record:
+        record["start"] = measure(base, sets)
+    for name, train in runs.items():
+        if name not in record:
+            run = train()
+            part = {"settings": run.config.corpus, "log": log_of(run)}
+            group = RewardSettings.read(run.config.corpus).group
+            part |= {"cost": cost(run, task, group), "sets": measure(run, sets)}
+            record[name] = part
+            write(task, record)
+    if "rejection" not in record:
+        budget = record[next(iter(runs))]["cost"]
+        name, rate = own
+        run, spent, rounds = rejection(name, base, task, budget, 200, rate)
+        part = {"cost": spent, "rounds": rounds, "sets": measure(run, sets)}
+        write(task, record | {"rejection": part})
+
+
 def backwards() -> None:
-    base = start_of("backwards", 100)
-    sets = {s: TASKS["backwards"]()[s] for s in ("train", "validation")}
-    record = {"start": measure(base, sets)}
-    equal = 0
-    for updates in (1, 4):
-        settings = RewardSettings("backwards", updates=updates)
-        name, changes = (
-            f"backwards-{updates}",
-            {"learning_rate": 6e-4, "batch_size": 16},
+    base, splits = start_of("backwards", 100), TASKS["backwards"]()
+    sets = {"train": some_of(splits["train"], 200), "validation": splits["validation"]}
+    changes = {"learning_rate": 6e-4, "batch_size": 16}
+    runs = {
+        f"updates-{n}": partial(
+            rewarded,
+            f"backwards-{n}",
+            base,
+            RewardSettings("backwards", updates=n),
+            steps=60 * n,
+            **changes,
         )
-        run = rewarded(name, base, settings, steps=60 * updates, **changes)
-        budget = cost(run, "backwards", settings.group)
-        record[name] = {"settings": settings.name, "log": log_of(run), "cost": budget}
-        record[name]["sets"] = measure(run, sets)
-        print(name, budget, record[name]["log"][-1], flush=True)
-        equal = budget if updates == 1 else equal
-    run, spent, rounds = rejection("own-words", base, "backwards", equal, 200, 5e-4)
-    record["rejection"] = {"cost": spent, "rounds": rounds, "sets": measure(run, sets)}
-    write("backwards", record)
+        for n in (1, 4)
+    }
+    against_rejection("backwards", base, sets, runs, ("own-words", 5e-4))
 
 
 def tinywiki() -> None:
-    base, sets = start_of("tinywiki", 60), tinywiki_sets()
-    record = {"start": measure(base, sets)}
-    settings = RewardSettings()
-    run = rewarded(
-        "tinywiki", base, settings, steps=80, batch_size=16, learning_rate=2e-4
+    base, changes = start_of("tinywiki", 60), {"learning_rate": 2e-4, "batch_size": 16}
+    train = partial(rewarded, "tinywiki", base, RewardSettings(), steps=80, **changes)
+    against_rejection(
+        "tinywiki", base, tinywiki_sets(), {"rewards": train}, ("own-facts", 3e-4)
     )
-    budget = cost(run, "tinywiki", settings.group)
-    record["rewards"] = {"settings": settings.name, "log": log_of(run), "cost": budget}
-    record["rewards"]["sets"] = measure(run, sets)
-    write("tinywiki", record)
-    run, spent, rounds = rejection("own-facts", base, "tinywiki", budget, 200, 3e-4)
-    record["rejection"] = {"cost": spent, "rounds": rounds, "sets": measure(run, sets)}
-    write("tinywiki", record)
 
 
 def hack(task: str, score: Callable[[Prompt, str], float], steps: int) -> None:
