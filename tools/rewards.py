@@ -250,9 +250,12 @@ def against_rejection(
     base: Run,
     sets: dict,
     runs: dict[str, Callable[[], Run]],
-    own: tuple[str, float],
+    own: tuple[str, float, float],
 ) -> None:
-    """Measure the start, the runs, and rejection sampling for the first run's cost."""
+    """Measure the start, the runs, and rejection sampling.
+
+    own: its name, its rate, and how much of the first run's tokens it gets.
+    """
     record = unfinished(task)
     if "start" not in record:
         record["start"] = measure(base, sets)
@@ -265,8 +268,8 @@ def against_rejection(
             record[name] = part
             write(task, record)
     if "rejection" not in record:
-        budget = record[next(iter(runs))]["cost"]
-        name, rate = own
+        name, rate, part_of_it = own
+        budget = int(part_of_it * record[next(iter(runs))]["cost"])
         run, spent, rounds = rejection(name, base, task, budget, 200, rate)
         part = {"cost": spent, "rounds": rounds, "sets": measure(run, sets)}
         write(task, record | {"rejection": part})
@@ -287,14 +290,14 @@ def backwards() -> None:
         )
         for n in (1, 4)
     }
-    against_rejection("backwards", base, sets, runs, ("own-words", 5e-4))
+    against_rejection("backwards", base, sets, runs, ("own-words", 5e-4, 1.0))
 
 
 def tinywiki() -> None:
     base, changes = start_of("tinywiki", 60), {"learning_rate": 2e-4, "batch_size": 16}
     train = partial(rewarded, "tinywiki", base, RewardSettings(), steps=80, **changes)
     against_rejection(
-        "tinywiki", base, tinywiki_sets(), {"rewards": train}, ("own-facts", 3e-4)
+        "tinywiki", base, tinywiki_sets(), {"rewards": train}, ("own-facts", 3e-4, 0.55)
     )
 
 
