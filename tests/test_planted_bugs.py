@@ -211,6 +211,26 @@ BUGS = [
     Bug("adapters trained and never loaded", "lora", "layer.lora_B.copy_(weights[peft_name(name, \"lora_B\")])", "pass", "lora::an_adapter_comes_back_and_two_are_exchanged"),
     Bug("any base will do", "lora", "if base not in (None, own := base_hash(model)):", "if (own := base_hash(model)) and not base and False:", "lora::an_adapter_of_another_base_is_refused"),
     Bug("a line end inside a text ends the line", "finetuning", '.split("\\n")', ".splitlines()", "finetuning::a_line_separator_inside_a_text_ends_no_line"),
+    # rewards
+    Bug("log-probabilities of the prompt counted", "rewards", "[False] * len(prompt)", "[True] * len(prompt)", "rewards::only_the_answer_is_counted"),
+    Bug("padding counted", "rewards", "counted = weights != 0", "counted = weights == weights", "rewards::padding_is_not_counted"),
+    Bug("a mean over tokens", "rewards", "* mask).sum(1).mean()", "* mask).sum() / mask.sum()", "rewards::long_and_short_answers_get_the_same_push rewards::a_micro_batch_without_an_answer_is_zero_and_not_nan"),
+    Bug("each answer's mean over its tokens", "rewards", "* mask).sum(1).mean()", "* mask).sum(1).div(mask.sum(1)).mean()", "rewards::long_and_short_answers_get_the_same_push rewards::a_micro_batch_without_an_answer_is_zero_and_not_nan"),
+    Bug("drawn at one temperature and scored at another", "rewards", "self.base.tokenizer.n_vocab, s.temperature", "self.base.tokenizer.n_vocab, 1.0", "rewards::answers_are_scored_at_the_temperature_that_drew_them"),
+    Bug("the vocabulary's padding scored", "rewards", "logits[:, n_vocab:] = -math.inf", "pass", "rewards::answers_are_scored_as_they_were_drawn"),
+    Bug("the reference is updated", "rewards", "token_log_probs(self.base.model.to(model.device), *how)", "token_log_probs(model, *how)", "rewards::the_reference_stays_and_the_policy_leaves_it"),
+    Bug("k3 of the other sign", "rewards", "d = reference - new", "d = new - reference", "rewards::k3_is_the_kl_on_average"),
+    Bug("the KL is a reward", "rewards", "gain - kl * k3", "gain + kl * k3", "rewards::the_kl_pulls_towards_the_reference"),
+    Bug("k3 without expm1", "rewards", "torch.expm1(d) - d", "d.exp() - 1 - d", "rewards::k3_keeps_its_digits_near_zero"),
+    Bug("advantages of nearly equal rewards explode", "rewards", "return rewards - rewards.mean(-1, keepdim=True)", "return (rewards - rewards.mean(-1, keepdim=True)) / rewards.std(-1, keepdim=True)", "rewards::nearly_equal_rewards_give_small_advantages"),
+    Bug("identical pairs kept after the cut", "rewards", "if a[0] != b[0] and", "if", "rewards::pairs_that_are_equal_after_the_cut_are_dropped"),
+    Bug("the clip stops the wrong side", "rewards", "gain = torch.minimum(", "gain = torch.maximum(", "rewards::the_clip_stops_what_has_moved_far_enough"),
+    Bug("the old policy moves along", "rewards", 'if "old" not in group:', "if True:", "rewards::several_updates_move_the_ratio"),
+    Bug("the answers of a group are one answer", "rewards", "draw_key(seed, *divmod(i, size))", "draw_key(seed, i // size)", "rewards::groups_have_different_answers"),
+    Bug("a resumed run draws other answers", "rewards", "draw_key(self.seed, step, place, i)", "draw_key(self.seed, len(self.held), place, i)", "rewards::three_legs_equal_one_byte_for_byte"),
+    Bug("a resumed run keeps rows after its checkpoint", "rewards", "cut_rows(self.path, step)", "pass", "rewards::a_killed_run_goes_on_to_the_same_weights"),
+    Bug("dropout between drawing and scoring", "rewards", "dropout=0.0", "dropout=config.model.dropout", "rewards::a_run_with_rewards_has_no_dropout"),
+    Bug("preferences the wrong way round", "rewards", "-F.logsigmoid(beta * margin)", "-F.logsigmoid(-beta * margin)", "rewards::dpo_has_the_gradient_of_the_closed_form"),
 ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ COMMANDS = {  # name: module with its main, what it does
     "sample": ("workshop.command", "continue a prompt with a trained model"),
     "evaluate": ("evaluation", "loss, perplexity and bits per byte of a split"),
     "finetune": ("lora", "teach a trained model to answer"),
+    "reward": ("rewards", "train a fine-tuned model on rewards"),
     "chat": ("finetuning", "talk with a fine-tuned model"),
     "probe": ("workshop.probes", "what a model has learned of TinyWiki's facts"),
     "export": ("exchange", "write a run as a transformers folder"),
