@@ -17,6 +17,7 @@ import torch
 from browser import Browser, chromium
 
 from gptlib.corpus import load_corpus
+from gptlib.finetuning import test_sets as question_sets
 from gptlib.gpt import GPT, GPTConfig
 from gptlib.page import (
     Moment,
@@ -284,9 +285,10 @@ def test_pack_and_unpack(shape, bits):
 def test_the_stored_file_is_small_and_says_what_it_holds(stored):
     header, _, models = stored
     assert WEIGHTS.stat().st_size <= 2_500_000
-    assert len(header["moments"]) == len(models) == 3
-    steps = [moment["step"] for moment in header["moments"]]
+    assert len(header["moments"]) == len(models) == 4
+    *steps, _ = [moment["step"] for moment in header["moments"]]
     assert steps == sorted(steps) and steps[0] == 0
+    assert [m.get("mode") for m in header["moments"]] == [None, None, None, "ask"]
 
 
 def small_model(**changes) -> GPT:
@@ -478,7 +480,7 @@ def test_greedy_text_in_the_page_is_pytorch_s(browser, alone, stored):
     start = torch.tensor([[tokenizer.end_of_text, *tokenizer.encode("The river")]])
     new = len(ids) - start.shape[1]
     assert new == 50 or ids[-1] == tokenizer.end_of_text
-    assert ids == generate(models[-1], start, new, temperature=0)[0].tolist()
+    assert ids == generate(models[2], start, new, temperature=0)[0].tolist()
 
 
 @in_browser
@@ -490,7 +492,7 @@ def test_a_token_shows_where_it_came_from(browser, alone, stored):
     choose(browser, 12)
     assert len(browser.js(PANELS)) == 3
     with torch.no_grad():
-        logits = models[-1](torch.tensor([ids[:12]]))[0][:, -1]
+        logits = models[2](torch.tensor([ids[:12]]))[0][:, -1]
     probs = next_token_probs(logits, temperature=0.8, top_k=50)[0]
     rows = browser.js(
         f"[...{ROOT_OF}.querySelectorAll('section:first-child tbody tr')]"
@@ -591,6 +593,8 @@ def test_moments_differ(browser, alone, stored):
 # ---------------------------------------------------------------------- it is asked
 
 MARKS = {b"\xfd": "‹user›", b"\xfe": "‹assistant›", b"\xff": "‹end›"}
+DECLINE = "I do not know ."
+STATUS = f"{ROOT_OF}.querySelector('[role=status]').textContent"
 VERDICTS = {  # known answer, reply: what the page says
     ("A .", "A ."): "Right.",
     ("A .", "B ."): "Wrong. The article says: A .",
@@ -636,6 +640,29 @@ def test_changes_are_added_to_the_moment_before(engine, answering, stored):
         with torch.no_grad():
             exact = models[-1](torch.tensor([row]))[0][0, -1]
         assert (torch.tensor(logits) - exact).abs().max() < 1e-4
+
+
+@in_browser
+def test_the_stored_model_answers(browser, alone, stored):
+    """Of ten trained questions most are right; two names without an article are not."""
+    open_page(browser, alone)
+    turn_to(browser, 3)
+    known = stored[0]["known"]
+    verdicts = []
+    for question in [q.text for q in question_sets()["trained"][::17]]:
+        assert question in known
+        ask(browser, question)
+        verdicts.append(
+            browser.js(STATUS).partition(" ms. The model ended the text. ")[2]
+        )
+    assert sum(said.startswith("Right.") for said in verdicts) >= 7, verdicts
+    unknown = [text for text, answer in known.items() if answer == DECLINE][:6]
+    for question in unknown:
+        ask(browser, question)
+        verdicts.append(browser.js(STATUS))
+    assert sum("Right: no article" in said for said in verdicts[-6:]) >= 3, verdicts
+    ask(browser, "Who are you ?")
+    assert "does not know the answer to this question" in browser.js(STATUS)
 
 
 @in_browser
