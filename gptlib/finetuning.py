@@ -396,7 +396,8 @@ def load_chats(name: str, seed: int = 0) -> dict[str, list[list[Message]]]:
         raise FinetuneError(f"no file {name!r}; give one, or one of {there}")
     chats = read_chats(name)
     kept = chats[19::20] or chats[-1:]
-    train = [c for i, c in enumerate(chats) if i % 20 != 19] if chats[19:] else chats[:-1]
+    train = [chat for i, chat in enumerate(chats) if i % 20 != 19]
+    train = train if chats[19:] else chats[:-1]
     return {"train": train, "validation": kept}
 
 
