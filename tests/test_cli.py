@@ -355,12 +355,14 @@ def test_init_from_a_run_and_from_a_transformers_folder(place):
     one_line(pretrain(place, "--out", "fifth", "--init", "./nowhere"), "no such folder")
 
 
-def test_weights_are_evaluated_as_the_run_that_they_came_from(place):
+def test_weights_are_evaluated_as_the_run_that_they_become(place):
     pytest.importorskip("transformers")
     assert command(place, "export", "--run", "run", "--out", "hf-e").returncode == 0
+    made = command(place, "import", "--model", "./hf-e", "--out", "become")
+    assert made.returncode == 0, made.stderr
     shown = [
         command(place, "evaluate", *given, "--corpus", "text.txt").stdout
-        for given in (["--run", "run", "--which", "last"], ["--weights", "./hf-e"])
+        for given in (["--run", "become"], ["--weights", "./hf-e"])
     ]
     assert shown[0].splitlines()[2:] == shown[1].splitlines()[2:] and shown[0]
 

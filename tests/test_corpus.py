@@ -267,6 +267,7 @@ def test_a_configuration_follows_the_last_colon(tmp_path, monkeypatch):
         lambda *a: asked.append(a) or {"train": lambda: iter([]), "validation": list},
     )
     (tmp_path / "C:" / "set").mkdir(parents=True)
+    (tmp_path / "C:" / "set" / "train.jsonl").write_text("{}")
     assert load_corpus("C:/set:raw-v1").splits == ("train", "validation")
     assert asked[0][:3] == ("C:/set:raw-v1", str(tmp_path / "C:" / "set"), "raw-v1")
 
