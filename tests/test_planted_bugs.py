@@ -169,7 +169,7 @@ BUGS = [
     Bug("bootstrap over tokens", "evaluation", "        rng = np.random.default_rng(seed)", "        nats, tokens = np.repeat(nats / tokens, tokens), np.ones(tokens.sum())\n        rng = np.random.default_rng(seed)", "evaluation::interval_contains_the_mean_and_is_seeded"),
     Bug("marks scored as text", "evaluation", "losses[a : b - 2]", "losses[a : b - 1]", "evaluation::each_document_gets_its_own_losses_and_units"),
     Bug("token losses in training mode", "evaluation", "model.eval()", "model.train()", "evaluation::training_mode_and_dropout_are_handled"),
-    Bug("words counted without line ends", "evaluation", " for text in texts) + lines", " for text in texts)", "evaluation::line_ends_come_from_the_record_or_the_text"),
+    Bug("words counted without line ends", "evaluation", 'words=counted["words"] + counted["lines"]', 'words=counted["words"]', "evaluation::line_ends_come_from_the_record_or_the_text"),
     # speed
     Bug("chunked gradient not divided", "speed", "grad = grad / ctx.positions", "grad = grad + 0", "speed::equal_to_plain_loss_in_fp32"),
     Bug("chunked loss not divided", "speed", "return loss / N", "return loss", "speed::equal_to_plain_loss_in_fp32"),
