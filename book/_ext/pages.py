@@ -46,9 +46,10 @@ UNUSED_FONTS = (
 )  # solid stays
 # spans that pygments.css gives the colour of plain code: a fifth of a page of code
 PLAIN_CODE = re.compile(r'<span class="(?:n|nn|nx|p|pm|w)">([^<]*)</span>')
-PLAIN_SIGNATURE = re.compile(
-    r'<span class="[npw]">(<span class="pre">[^<]*</span>)</span>'
-)
+PLAIN_WORD = re.compile(r'<span class="pre">([^<]*)</span>')
+COLOUR = re.compile(r"\.highlight \.(\w+)\s*\{([^}]*)\}")
+CODE = re.compile(r'<span class="(\w{1,2})">')
+NEIGHBOURS = re.compile(r'(<span class="\w{1,2}">)([^<]*)</span>(\s*)\1')
 AS_WRITTEN = re.compile(r"(<pre.*?</pre>|<script.*?</script>)", re.DOTALL)
 INDENT = re.compile(r"\n\s+")
 FONT_SCRIPT = re.compile(r'\s*<script src="[^"]*fontawesome[^"]*\.js[^"]*"></script>')
@@ -135,6 +136,15 @@ def keep_only(folder: Path, kept: tuple[str, ...]) -> None:
             path.rmdir()
 
 
+def names_of_colours(styles: str) -> dict[str, str]:
+    """For each class of code the first one that has its colours, in both themes."""
+    colours: dict[str, list[str]] = {}
+    for name, colour in COLOUR.findall(styles):
+        colours.setdefault(name, []).append(colour)
+    first: dict[tuple, str] = {}
+    return {name: first.setdefault(tuple(c), name) for name, c in colours.items()}
+
+
 def prune(app, exception) -> None:
     if exception or app.builder.format != "html":
         return
@@ -146,6 +156,11 @@ def prune(app, exception) -> None:
     for pattern in UNUSED_FONTS:
         for path in static.glob(f"vendor/fontawesome/*/{pattern}"):
             delete(path)
+    names = names_of_colours((static / "pygments.css").read_text(encoding="utf-8"))
+
+    def named(found: re.Match) -> str:
+        return f'<span class="{names.get(found[1], found[1])}">'
+
     # The icons' font does what the script of 1.4 MB does a second time.
     for page in Path(app.outdir).rglob("*.html"):
         text = page.read_text(encoding="utf-8")
@@ -154,8 +169,11 @@ def prune(app, exception) -> None:
             shorter = unused.sub("", shorter)
         if not MATH.search(shorter):
             shorter = MATH_SCRIPT.sub("", shorter)
-        for plain in (PLAIN_CODE, PLAIN_SIGNATURE):
+        for plain in (PLAIN_WORD, PLAIN_CODE):
             shorter = plain.sub(r"\1", shorter)
+        shorter, again = CODE.sub(named, shorter), 1
+        while again:  # neighbours of one colour need one mark
+            shorter, again = NEIGHBOURS.subn(r"\1\2\3", shorter)
         parts = AS_WRITTEN.split(shorter)
         parts[::2] = [INDENT.sub("\n", part) for part in parts[::2]]
         shorter = "".join(parts)
