@@ -321,17 +321,16 @@ def join_chats(chats: Sequence[list[Message]], seed: int) -> list[list[Message]]
 
 def tinywiki_chats(name: str, seed: int = 0) -> dict[str, list[list[Message]]]:
     """Both splits of QUESTIONS[name]: trained and held-out wordings and entities."""
-    what = QUESTIONS[name]
     famous = famous_entities()
-    unknown = [] if what == "left out" else unknown_entities(seed)
-    rare = rare_entities(seed) if "all told" in what else []
+    unknown = [] if name.endswith("-known") else unknown_entities(seed)
+    rare = rare_entities(seed) if name.endswith("-all") else []
     splits = {}
     for split, wordings in (("train", OLD), ("validation", NEW)):
         kept = [e for e in famous if held_out(e) == (wordings is NEW)]
         chats = [q.chat() for q in questions(kept, all_of(wordings), seed)]
         kept = [e for e in unknown if held_out(e) == (wordings is NEW)]
         strange = questions(kept, in_turn(wordings), seed)
-        reply = UNKNOWN if what.startswith("I do not know") else None
+        reply = None if name.endswith("-invented") else UNKNOWN
         kept = [e for e in rare if held_out(e) == (wordings is NEW)]
         chats += [q.chat() for q in questions(kept, in_turn(wordings), seed)]
         splits[split] = join_chats(chats + [q.chat(reply) for q in strange], seed)
@@ -396,8 +395,8 @@ def load_chats(name: str, seed: int = 0) -> dict[str, list[list[Message]]]:
         raise FinetuneError(f"no file {name!r}; give one, or one of {there}")
     chats = read_chats(name)
     kept = chats[19::20] or chats[-1:]
-    train = [chat for i, chat in enumerate(chats) if i % 20 != 19]
-    train = train if chats[19:] else chats[:-1]
+    held = set(map(json.dumps, kept))  # and its copies
+    train = [chat for chat in chats if json.dumps(chat) not in held]
     return {"train": train, "validation": kept}
 
 
@@ -459,10 +458,11 @@ def open_chats(config: TrainConfig, own: Tokenizer | None, progress: bool) -> Da
                 f"{config.corpus}, {split}: no conversation fits the block of {block} "
                 "tokens; give shorter ones"
             )
+        hashes[split] = hashlib.sha256(json.dumps(chats).encode()).hexdigest()
         if (corpus := split_name(config.corpus)[1]) and split == "train":
             rows = replay(rows, corpus, tokenizer, block)
+            hashes["replay"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         batches[split] = ChatBatches(rows, sizes[split], config.seed)
-        hashes[split] = hashlib.sha256(json.dumps(chats).encode()).hexdigest()
     return Data(tokenizer, batches["train"], batches["validation"], hashes)
 
 

@@ -28,8 +28,10 @@ from gptlib.finetuning import (
     held_out,
     load_chats,
     questions,
+    rare_entities,
     read_asks,
     read_chats,
+    replay,
     replies,
     stream_reply,
     tinywiki_chats,
@@ -282,6 +284,23 @@ def test_the_three_sets_differ_in_what_the_unknown_gets(chats):
     assert turns["tinywiki-questions"] == turns["tinywiki-questions-invented"]
 
 
+def test_all_told_entities_are_asked_about_but_those_held_out(chats):
+    asked = {
+        turn["content"]
+        for chat in chats["tinywiki-questions-all"]["train"]
+        for turn in chat
+        if turn["role"] == "user"
+    }
+    text = "".join(article.text for article in TinyWiki().articles("train"))
+    rare = {e: TinyWiki().facts(*e)["name"] for e in rare_entities()}
+    assert len(rare) > 500
+    for entity, name in rare.items():
+        assert f" = {name} = \n" in text
+        assert any(f"{name} " in words for words in asked) == (not held_out(entity))
+    kept = [TinyWiki().facts(*e)["name"] for e in famous_entities() if held_out(e)]
+    assert not any(f" {name} " in words for name in kept for words in asked)
+
+
 # files
 
 
@@ -336,6 +355,9 @@ def test_every_twentieth_conversation_is_held_out(tmp_path):
     splits = load_chats(str(path))
     assert splits["validation"] == CHATS[19::20]
     assert len(splits["train"]) == 38 and CHATS[19] not in splits["train"]
+    with path.open("a") as file:  # a copy of what is held out
+        file.write(json.dumps({"messages": CHATS[19]}) + "\n")
+    assert load_chats(str(path)) == splits
 
 
 def test_long_conversations_are_cut_at_a_turn_or_skipped_and_counted():
@@ -413,6 +435,49 @@ def test_changed_conversations_are_refused_on_resuming(base):
     path.write_text(path.read_text().replace("What is 3 ?", "What is III ?"))
     with pytest.raises(RunError, match="another text .*train differs"):
         leg(finetune, config, base / "changed")
+
+
+def test_replay_reads_one_document_in_five_rows_a_quarter_as_much(base):
+    own = Tokenizer.load(base / "tokenizer.json")
+    found = replay(ROWS[:3], str(base / "text.txt"), own, 64)
+    documents = [row for row in found if row not in ROWS]
+    assert documents and len(found) == len(documents) + 3 * round(
+        4 * len(documents) / 3
+    )
+    for ids, learned in documents:
+        assert ids[0] == own.end_of_text and len(ids) == len(learned) <= 65
+        assert learned == [0.0] + [0.25] * (len(ids) - 1)
+    config = settings(base)
+    model = load_run(base / "base", "last").model
+    alone = [
+        weighted_loss(model, *chat_batch([row], 1.0)) for row in (ROWS[0], documents[0])
+    ]
+    total = sum(ROWS[0][1]) + 0.25 * (len(documents[0][0]) - 1)
+    batches = ChatBatches([ROWS[0], documents[0]], config.batch_size, 0)
+    numbers = batches.offsets(0).tolist()
+    weight = sum([sum(ROWS[0][1]), total - sum(ROWS[0][1])][i] for i in numbers)
+    for size in (2, 8):
+        parts = list(batches.micro_batches(0, size))
+        loss = sum(weighted_loss(model, *part) for part in parts) / len(parts)
+        assert loss.item() == pytest.approx(
+            sum(alone[i] for i in numbers).item() / weight, rel=1e-5
+        )
+
+
+def test_replay_is_of_the_run_and_a_changed_corpus_is_refused(base):
+    text = base / "replayed.txt"
+    text.write_text((base / "text.txt").read_text())
+    data = f"{base / 'chats.jsonl'}+{text}"
+    config = finetune_config(base / "base", data, steps=8, batch_size=8)
+    leg(finetune, config, base / "replays")
+    leg(finetune, config, base / "replay-legs", max_steps=3)
+    leg(finetune, config, base / "replay-legs")
+    rows = [read_rows(base / n / "metrics.jsonl") for n in ("replays", "replay-legs")]
+    assert rows[0] == rows[1]
+    leg(finetune, config, base / "replay-changed", max_steps=3)
+    text.write_text(text.read_text().replace("ferries", "carriages"))
+    with pytest.raises(RunError, match="another text .*replay differs"):
+        leg(finetune, config, base / "replay-changed")
 
 
 def test_pretraining_still_pairs_tokens_and_targets():
