@@ -499,6 +499,39 @@ def finetune(config: TrainConfig, options: RunOptions, **hooks) -> Run | None:
     return run_training(config, options, **hooks)
 
 
+def prompt_ids(tokenizer: Tokenizer, chat: Sequence[Message]) -> list[int]:
+    """The ids of a conversation, and the mark after which the assistant speaks."""
+    ids, _ = encode_chat(tokenizer, chat)
+    return [*ids, chat_marks(tokenizer)["assistant"]]
+
+
+def draw_answers(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    keys: Sequence[int | None],
+    temperature: float = 1.0,
+    max_new_tokens: int = 24,
+) -> list[list[int]]:
+    """An answer to each prompt, drawn with its key: ids, with the mark of the end.
+
+    The mark is missing where `max_new_tokens` came first. Prompts of equal length go
+    through the model together. Temperature 0 draws nothing, and needs no keys.
+    """
+    stop = [chat_marks(tokenizer)["end"], tokenizer.end_of_text]
+    options = {"temperature": temperature, "n_vocab": tokenizer.n_vocab, "stop": stop}
+    found: list[list[int]] = [[] for _ in prompts]
+    for length in sorted({len(ids) for ids in prompts}):
+        group = [i for i, ids in enumerate(prompts) if len(ids) == length]
+        tokens = torch.tensor([prompts[i] for i in group], device=model.device)
+        darts = [seeded(keys[i]) for i in group]
+        out = generate(model, tokens, max_new_tokens, generator=darts, **options)
+        for i, ids in zip(group, out[:, length:].tolist(), strict=True):
+            end = min((ids + [mark]).index(mark) for mark in stop)
+            found[i] = ids[: end + 1]
+    return found
+
+
 def replies(
     model: GPT,
     tokenizer: Tokenizer,
@@ -506,19 +539,12 @@ def replies(
     max_new_tokens: int = 48,
 ) -> list[str]:
     """The reply to each conversation, of the most probable token at each place."""
-    marks = chat_marks(tokenizer)
-    rows = [[*encode_chat(tokenizer, chat)[0], marks["assistant"]] for chat in chats]
-    stop = [marks["end"], tokenizer.end_of_text]
-    found = [""] * len(rows)
-    options = {"temperature": 0, "n_vocab": tokenizer.n_vocab, "stop": stop[:1]}
-    for length in sorted({len(row) for row in rows}):
-        group = [i for i, row in enumerate(rows) if len(row) == length]
-        tokens = torch.tensor([rows[i] for i in group], device=model.device)
-        texts = generate(model, tokens, max_new_tokens, **options)[:, length:]
-        for i, ids in zip(group, texts.tolist(), strict=True):
-            ended = min((ids + [mark]).index(mark) for mark in stop)
-            found[i] = tokenizer.decode(ids[:ended]).strip()
-    return found
+    prompts = [prompt_ids(tokenizer, chat) for chat in chats]
+    keys = [None] * len(prompts)
+    drawn = draw_answers(model, tokenizer, prompts, keys, 0.0, max_new_tokens)
+    stop = chat_marks(tokenizer)["end"], tokenizer.end_of_text
+    texts = (tokenizer.decode([i for i in ids if i not in stop]) for ids in drawn)
+    return [text.strip() for text in texts]
 
 
 def answers(
@@ -555,8 +581,7 @@ def stream_reply(
 
     settings: temperature, top_k, top_p, as in `generate`.
     """
-    marks = chat_marks(tokenizer)
-    ids = [*encode_chat(tokenizer, messages)[0], marks["assistant"]]
+    marks, ids = chat_marks(tokenizer), prompt_ids(tokenizer, messages)
     tokens = torch.tensor([ids], device=model.device)
     settings |= {"n_vocab": tokenizer.n_vocab, "generator": seeded(seed)}
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -22,7 +22,7 @@ from gptlib.finetuning import Finetune, finetune
 from gptlib.gpt import GPT
 from gptlib.pretraining import plan
 from gptlib.training import Precision, TrainConfig, TrainState, optimizer_of
-from gptlib.workshop.checkpoints import weights_hash
+from gptlib.workshop.checkpoints import Checkpoints, weights_hash
 from gptlib.workshop.files import write_whole
 from gptlib.workshop.runs import Run, RunOptions
 from gptlib.workshop.watching import errors_in_one_line
@@ -252,11 +252,18 @@ class FinetuneLora(Finetune):
 
 
 def finetune_lora(config: TrainConfig, options: RunOptions, lora: Lora) -> Run | None:
-    """Fine-tune adapters, and write them to `adapter` in the run's folder."""
+    """Fine-tune adapters, and write them to `adapter` in the run's folder.
+
+    They come from the newest checkpoint, so the same command writes them again.
+    """
     need_transformers()  # before the work
     run = finetune(config, options, make_state=lora)
-    if run and adapters(run.model):  # a finished run is read merged
-        save_adapter(run.model, run.path / "adapter", config.init or "")
+    found = Checkpoints(run.path / "checkpoints").load_newest() if run else None
+    if run and found:
+        model = GPT(config.model)
+        add_adapters(model, lora.rank, lora.alpha)
+        model.load_state_dict(found[1]["adapted"])
+        save_adapter(model, run.path / "adapter", config.init or "")
     return run
 
 

@@ -36,16 +36,17 @@ from gptlib.finetuning import (
     all_of,
     chat_batch,
     chat_marks,
+    draw_answers,
     encode_chat,
     famous_entities,
     finetune_config,
     held_out,
     in_turn,
+    prompt_ids,
     questions,
     unknown_entities,
 )
 from gptlib.gpt import GPT
-from gptlib.sampling import generate, seeded
 from gptlib.tokenizer import Tokenizer
 from gptlib.training import EVAL_STEP, TrainConfig
 from gptlib.workshop.checkpoints import weights_hash
@@ -160,38 +161,6 @@ def draw_key(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """The conversation, and the mark after which the assistant speaks."""
-    ids, _ = encode_chat(tokenizer, prompt.chat)
-    return [*ids, chat_marks(tokenizer)["assistant"]]
-
-
-def draw_answers(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompts: Sequence[list[int]],
-    keys: Sequence[int],
-    temperature: float = 1.0,
-    max_new_tokens: int = 24,
-) -> list[list[int]]:
-    """An answer to each prompt, drawn with its key: ids, with the mark of the end.
-
-    The mark is missing where `max_new_tokens` came first.
-    """
-    stop = [chat_marks(tokenizer)["end"], tokenizer.end_of_text]
-    options = {"temperature": temperature, "n_vocab": tokenizer.n_vocab, "stop": stop}
-    found: list[list[int]] = [[] for _ in prompts]
-    for length in sorted({len(ids) for ids in prompts}):
-        group = [i for i, ids in enumerate(prompts) if len(ids) == length]
-        tokens = torch.tensor([prompts[i] for i in group], device=model.device)
-        darts = [seeded(keys[i]) for i in group]
-        out = generate(model, tokens, max_new_tokens, generator=darts, **options)
-        for i, ids in zip(group, out[:, length:].tolist(), strict=True):
-            end = min((ids + [mark]).index(mark) for mark in stop)
-            found[i] = ids[: end + 1]
-    return found
-
-
 def reply_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The text of an answer; three dots follow if it does not end."""
     text = tokenizer.decode([i for i in ids if i != chat_marks(tokenizer)["end"]])
@@ -211,7 +180,7 @@ def score_groups(
 
     settings: temperature and max_new_tokens, as in `draw_answers`.
     """
-    rows = [prompt_ids(tokenizer, p) for p in prompts for _ in range(size)]
+    rows = [prompt_ids(tokenizer, p.chat) for p in prompts for _ in range(size)]
     keys = [draw_key(seed, *divmod(i, size)) for i in range(len(rows))]
     drawn = draw_answers(model, tokenizer, rows, keys, **settings)
     texts = [reply_text(tokenizer, ids) for ids in drawn]
@@ -365,7 +334,7 @@ class Rollouts:
         self.path = Path(out) / "rollouts.jsonl"
         self.prompts = TASKS[self.settings.task]()
         self.ids = {
-            split: [prompt_ids(base.tokenizer, p) for p in prompts]
+            split: [prompt_ids(base.tokenizer, p.chat) for p in prompts]
             for split, prompts in self.prompts.items()
         }
         self.held: dict[tuple[int, int], dict] = {}  # by step of drawing, and place

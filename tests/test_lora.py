@@ -347,7 +347,11 @@ def test_a_run_is_read_as_a_plain_gpt_and_is_base_plus_adapter(base):
     with torch.no_grad():
         assert torch.equal(served(tokens)[0], run.model(tokens)[0])
         assert torch.allclose(served(tokens)[0], plain(tokens)[0], atol=1e-5)
+    written = base / "read" / "adapter" / FILES[1]
+    bits = written.read_bytes()
+    written.unlink()  # killed before it was written, or deleted
     again = leg(finetune_lora, settings(base), base / "read", Lora(2))  # finished
+    assert written.read_bytes() == bits
     assert weights_hash(again.model) == weights_hash(plain)
 
 

@@ -16,7 +16,9 @@ from gptlib.finetuning import (
     FinetuneError,
     chat_batch,
     chat_marks,
+    draw_answers,
     famous_entities,
+    prompt_ids,
     questions,
 )
 from gptlib.gpt import GPT, GPTConfig
@@ -31,7 +33,6 @@ from gptlib.rewards import (
     answer_row,
     calibration,
     dpo_loss,
-    draw_answers,
     equal_share,
     exact_score,
     fact_score,
@@ -42,7 +43,6 @@ from gptlib.rewards import (
     letters_score,
     policy_loss,
     preference_pairs,
-    prompt_ids,
     reply_text,
     reward,
     reward_config,
@@ -166,7 +166,7 @@ def test_padding_is_not_counted():
 
 def test_answers_are_scored_as_they_were_drawn():
     """At the same temperature, and without the padding of the vocabulary."""
-    model, ids = model_of(), prompt_ids(BYTES, toy_prompts()["train"][3])
+    model, ids = model_of(), prompt_ids(BYTES, toy_prompts()["train"][3].chat)
     (drawn,) = draw_answers(model, BYTES, [ids], [5], 0.5, 12)
     batch = chat_batch([answer_row(ids, drawn)], 1.0)
     n = BYTES.n_vocab
@@ -245,7 +245,7 @@ def test_the_kl_pulls_towards_the_reference():
 
 def test_a_draw_depends_on_its_key_alone():
     model, some = model_of(), toy_prompts()["train"][:6]
-    ids = [prompt_ids(BYTES, p) for p in some]
+    ids = [prompt_ids(BYTES, p.chat) for p in some]
     together = draw_answers(model, BYTES, ids, range(6), 1.0, 10)
     alone = [
         draw_answers(model, BYTES, [x], [i], 1.0, 10)[0] for i, x in enumerate(ids)

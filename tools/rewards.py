@@ -22,8 +22,10 @@ import torch
 from gptlib.finetuning import (
     UNKNOWN,
     chat_batch,
+    draw_answers,
     finetune,
     finetune_config,
+    prompt_ids,
     test_sets,
 )
 from gptlib.pretraining import pretrain
@@ -32,10 +34,8 @@ from gptlib.rewards import (
     Prompt,
     RewardSettings,
     answer_row,
-    draw_answers,
     equal_share,
     fact_score,
-    prompt_ids,
     reply_text,
     reward,
     reward_config,
@@ -117,7 +117,7 @@ def starts() -> None:
 def stated(run: Run, prompts: list[Prompt]) -> list[tuple[float, str]]:
     """The most probable answers: their stated probabilities, and their texts."""
     model, tokenizer, found = run.model, run.tokenizer, []
-    ids = [prompt_ids(tokenizer, p) for p in prompts]
+    ids = [prompt_ids(tokenizer, p.chat) for p in prompts]
     drawn = draw_answers(model, tokenizer, ids, range(len(ids)), temperature=0.0)
     for i in range(0, len(ids), 64):
         rows = [answer_row(*pair) for pair in zip(ids[i : i + 64], drawn[i : i + 64])]
@@ -192,7 +192,7 @@ def cost(run: Run, task: str, group: int) -> int:
 
     A drawn token is one; in a step it is three, and one for the reference.
     """
-    ids = [len(prompt_ids(run.tokenizer, p)) for p in TASKS[task]()["train"]]
+    ids = [len(prompt_ids(run.tokenizer, p.chat)) for p in TASKS[task]()["train"]]
     total = 0
     for row in read_rows(run.path / "rollouts.jsonl"):
         tokens = row["tokens"] + group * ids[row["prompt"]]
@@ -216,7 +216,7 @@ def rejection(
         replies, rewards = score_groups(run.model, run.tokenizer, some, seed=round_)
         kept, tokens = [], 0
         for p, group, scores in zip(some, replies, rewards, strict=True):
-            length = len(prompt_ids(run.tokenizer, p))
+            length = len(prompt_ids(run.tokenizer, p.chat))
             tokens += sum(length + 1 + len(run.tokenizer.encode(t)) for t in group)
             right = {t for t, s in zip(group, scores.tolist()) if s == 1}
             kept += [Prompt(p.chat, t, p.score) for t in sorted(right)]
