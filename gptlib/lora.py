@@ -186,7 +186,7 @@ def save_adapter(model: GPT, folder: Path | str, base: Path | str = "") -> None:
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
         "fan_in_fan_out": True,
     }
-    data = save(weights, {"format": "pt", "base": base_hash(model)})
+    data = save(weights, {"base": base_hash(model)})
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / FILES[0], json.dumps(config, indent=1) + "\n")
     write_whole(folder / FILES[1], lambda file: file.write(data))

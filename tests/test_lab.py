@@ -164,6 +164,7 @@ def test_chapter_runs_and_an_answer_stays(lab, tree):
     wait(
         lab,
         f"{CODE}.every(c => c.model.executionState == 'idle' && c.model.executionCount)",
+        seconds=240,
     )
     counts = lab.js(f"{CODE}.map(c => c.model.executionCount)")
     assert counts == list(range(1, len(counts) + 1)), "in a fresh kernel, to the end"
