@@ -38,7 +38,7 @@ def causal_attention(
     q: (..., T, d), k: (..., S, d), v: (..., S, d), S >= T. Returns (..., T, d), by the
     fused kernel (Dao et al. 2022). dropout: the probability of dropping a weight.
     """
-    square = q.shape[-2] == k.shape[-2]  # is_causal is right only for T = S
+    square = q.shape[-2] == k.shape[-2]  # for T < S, is_causal would cut elsewhere
     mask = None if square else _past(q, k)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=square

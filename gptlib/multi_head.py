@@ -39,7 +39,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         shape = (B, T, self.n_head, C // self.n_head)
-        q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
+        q, k, v = (z.view(shape).transpose(1, 2) for z in (q, k, v))  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, nh, S, hs) with S >= T
         y = causal_attention(q, k, v, dropout=self.dropout if self.training else 0.0)
