@@ -5,7 +5,7 @@ tokenizer    text to numbers and back    sampling     drawing text
 batches      windows of tokens           speed        time and memory
 attention    one causal head             evaluation   what a loss means
 multi_head   several heads, one matmul   exchange     to and from transformers
-block        attention, MLP, residual    pretraining  the full run
+block        attention, MLP, residual    pretraining  a whole run
 gpt          the model                   page         the model in a browser
 objective    loss, optimiser, schedule   workshop     what a run of days needs
 

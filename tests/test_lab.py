@@ -161,9 +161,10 @@ def test_chapter_runs_and_an_answer_stays(lab, tree):
         lab,
         "(b => b && (b.click(), 1))(document.querySelector('.jp-Dialog .jp-mod-accept'))",
     )
+    kernel = f"{PANEL}.context.sessionContext.session.kernel.status"
     wait(
         lab,
-        f"{CODE}.every(c => c.model.executionState == 'idle' && c.model.executionCount)",
+        f"{CODE}.every(c => c.model.executionCount) && {kernel} == 'idle'",
         seconds=240,
     )
     counts = lab.js(f"{CODE}.map(c => c.model.executionCount)")

@@ -21,7 +21,7 @@ PARTS = {
     "The model": range(4, 8),
     "Training and talking": range(8, 11),
     "What it is worth": range(11, 14),
-    "The full run": range(14, 16),
+    "A whole run": range(14, 16),
     "After the report": range(21, 100),
 }
 APPENDICES = (
