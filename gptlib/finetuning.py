@@ -29,7 +29,7 @@ from gptlib import GptlibError
 from gptlib.batches import crop_offsets
 from gptlib.corpus import load_corpus
 from gptlib.gpt import GPT
-from gptlib.sampling import generate, seeded, stream
+from gptlib.sampling import continue_rows, seeded, stream
 from gptlib.tokenizer import Tokenizer
 from gptlib.training import TrainConfig
 from gptlib.workshop.probes import Probe, most_probable
@@ -520,16 +520,7 @@ def draw_answers(
     """
     stop = [chat_marks(tokenizer)["end"], tokenizer.end_of_text]
     options = {"temperature": temperature, "n_vocab": tokenizer.n_vocab, "stop": stop}
-    found: list[list[int]] = [[] for _ in prompts]
-    for length in sorted({len(ids) for ids in prompts}):
-        group = [i for i, ids in enumerate(prompts) if len(ids) == length]
-        tokens = torch.tensor([prompts[i] for i in group], device=model.device)
-        darts = [seeded(keys[i]) for i in group]
-        out = generate(model, tokens, max_new_tokens, generator=darts, **options)
-        for i, ids in zip(group, out[:, length:].tolist(), strict=True):
-            end = min((ids + [mark]).index(mark) for mark in stop)
-            found[i] = ids[: end + 1]
-    return found
+    return continue_rows(model, prompts, max_new_tokens, seeds=keys, **options)
 
 
 def replies(

@@ -235,6 +235,34 @@ def stream_text(
     yield utf8.decode(b"", final=True)
 
 
+def continue_rows(
+    model: GPT,
+    rows: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    seeds: Sequence[int | None],
+    stop: Sequence[int],
+    **settings,
+) -> list[list[int]]:
+    """The new ids of each row, the i-th drawn with `seeds[i]`.
+
+    rows: ids, each row of at least one. Rows of equal length go through the model
+    together. A row's answer ends with the first of `stop`, which is there unless
+    `max_new_tokens` came first. settings: as in `generate`. Raises SamplingError.
+    """
+    found: list[list[int]] = [[] for _ in rows]
+    settings["stop"] = stop
+    for length in sorted({len(row) for row in rows}):
+        group = [i for i, row in enumerate(rows) if len(row) == length]
+        tokens = torch.tensor([rows[i] for i in group], device=model.device)  # (B, T)
+        darts = [seeded(seeds[i]) for i in group]
+        drawn = generate(model, tokens, max_new_tokens, generator=darts, **settings)
+        for i, ids in zip(group, drawn[:, length:].tolist(), strict=True):
+            end = next((j for j, id in enumerate(ids, 1) if id in stop), len(ids))
+            found[i] = ids[:end]
+    return found
+
+
 def sample_texts(
     model: GPT,
     tokenizer: Tokenizer,
@@ -249,17 +277,13 @@ def sample_texts(
     Prompts of equal length go through the model together, a row each. Arguments as in
     `stream_text`.
     """
-    end, texts = tokenizer.end_of_text, list(prompts)
+    end = tokenizer.end_of_text
     rows = [[end, *tokenizer.encode(prompt)] for prompt in prompts]
     settings |= {"n_vocab": tokenizer.n_vocab, "stop": [end]}
-    for length in {len(row) for row in rows}:
-        group = [i for i, row in enumerate(rows) if len(row) == length]
-        tokens = torch.tensor([rows[i] for i in group], device=model.device)
-        darts = [seeded(None if seed is None else seed + i) for i in group]
-        found = generate(model, tokens, max_new_tokens, generator=darts, **settings)
-        for i, row in zip(group, found[:, length:].tolist(), strict=True):
-            texts[i] += tokenizer.decode(row[: (row + [end]).index(end)])
-    return texts
+    settings["seeds"] = [None if seed is None else seed + i for i in range(len(rows))]
+    found = continue_rows(model, rows, max_new_tokens, **settings)
+    texts = (tokenizer.decode([i for i in ids if i != end]) for ids in found)
+    return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def sample_text(model: GPT, tokenizer: Tokenizer, *args, **options) -> str:

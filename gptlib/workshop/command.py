@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -145,8 +146,8 @@ def overview() -> str:
     return "\n".join([head, *lines, "\n`gptlib COMMAND --help` shows its options."])
 
 
-def main() -> None:
-    """`gptlib COMMAND [OPTIONS]`: hand the rest of the line to the command's module."""
+def run_command() -> None:
+    """Hand the rest of the command line to the module of the command."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         return print(overview())
@@ -173,6 +174,18 @@ def main() -> None:
 
     with errors_in_one_line():
         sample(tyro.cli(SampleOptions))
+
+
+def main() -> None:
+    """`gptlib COMMAND [OPTIONS]`; it ends without a word when nobody reads on."""
+    try:
+        try:
+            run_command()
+        finally:
+            sys.stdout.flush()  # here, where the error can be caught
+    except BrokenPipeError:  # `gptlib sample ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":
