@@ -40,9 +40,9 @@ if (
     from gptlib.training import PRESETS as PRESETS
     from gptlib.training import TrainConfig as TrainConfig
     from gptlib.training import train as train
-    from gptlib.workshop.runs import Run as Run
+    from gptlib.workshop.run_folders import Run as Run
+    from gptlib.workshop.run_folders import load_run as load_run
     from gptlib.workshop.runs import RunOptions as RunOptions
-    from gptlib.workshop.runs import load_run as load_run
     from gptlib.workshop.token_files import load_tokens as load_tokens
 
 __version__ = "0.1.0"
@@ -58,7 +58,8 @@ HOME = {
     "speed": ["fast_loss"],
     "tokenizer": ["Tokenizer", "load_tokenizer"],
     "training": ["PRESETS", "TrainConfig", "train"],
-    "workshop.runs": ["Run", "RunOptions", "load_run"],
+    "workshop.run_folders": ["Run", "load_run"],
+    "workshop.runs": ["RunOptions"],
     "workshop.token_files": ["load_tokens"],
 }
 

@@ -33,14 +33,8 @@ from gptlib.sampling import continue_rows, seeded, stream
 from gptlib.tokenizer import Tokenizer
 from gptlib.training import TrainConfig
 from gptlib.workshop.probes import Probe, most_probable
-from gptlib.workshop.runs import (
-    Data,
-    Run,
-    RunOptions,
-    load_run,
-    read_record,
-    run_training,
-)
+from gptlib.workshop.run_folders import Run, load_run, read_record
+from gptlib.workshop.runs import Data, RunOptions, run_training
 from gptlib.workshop.tinywiki import (
     FAMOUS,
     Entity,

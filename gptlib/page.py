@@ -27,7 +27,7 @@ from gptlib.gpt import GPT, GPTConfig
 from gptlib.sampling import sample_texts
 from gptlib.tokenizer import GPT2_PATTERN, Tokenizer
 from gptlib.workshop.files import write_whole
-from gptlib.workshop.runs import load_run
+from gptlib.workshop.run_folders import load_run
 from gptlib.workshop.watching import errors_in_one_line
 
 

@@ -52,7 +52,7 @@ class SampleOptions:
 
 def sample(options: SampleOptions) -> None:
     """Print continuations as they are drawn, the i-th by seed + i."""
-    from gptlib.workshop.runs import load_run
+    from gptlib.workshop.run_folders import load_run
 
     run = load_run(options.run, options.which, device=options.device)
     names = ("max_new_tokens", "temperature", "top_k", "top_p")

@@ -25,7 +25,7 @@ from gptlib.gpt import GPT
 from gptlib.sampling import generate
 from gptlib.tokenizer import Tokenizer
 from gptlib.workshop.files import write_whole
-from gptlib.workshop.runs import load_run
+from gptlib.workshop.run_folders import load_run
 from gptlib.workshop.tinywiki import Entity, TinyWiki, pool, spell, world
 from gptlib.workshop.watching import errors_in_one_line
 
