@@ -45,7 +45,7 @@ def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int
     A window reads tokens start .. stop - 1 and predicts start + 1 .. stop; it scores
     those from `first scored` on. With stride = context the windows do not overlap; with
     a smaller stride every target has at least context - stride tokens before it, but
-    for the first window's.
+    for the first window's. Raises EvaluationError for a stride outside 1 .. context.
     """
     if not 1 <= stride <= context:
         raise EvaluationError(
@@ -148,14 +148,17 @@ class Evaluation:
 
     @property
     def nats_per_token(self) -> float:
+        """Mean of all tokens that were scored."""
         return math.fsum(self.nats) / sum(self.tokens)
 
     @property
     def perplexity(self) -> float:
+        """Per token."""
         return perplexity(self.nats_per_token)
 
     @property
     def word_perplexity(self) -> float:
+        """Per word, each line end counted as a word (Merity et al. 2017)."""
         return perplexity(math.fsum(self.nats) / self.words)
 
     @property
@@ -165,14 +168,16 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
+        """Per byte of the text in UTF-8."""
         return bits_per_byte(self.nats_per_token, sum(self.tokens), self.text_bytes)
 
     def interval(
         self, level: float = 0.95, draws: int = 2000, seed: int = 0
     ) -> tuple[float, float]:
-        """Bootstrap interval of nats per token over documents.
+        """Bootstrap interval (low, high) of nats per token over documents.
 
-        Source: Efron and Tibshirani 1993, chapter 13.
+        level: of the resampled means between the two. draws: how many means. Source:
+        Efron and Tibshirani 1993, chapter 13.
         """
         kept = np.array(self.tokens) > 0  # an empty document says nothing
         nats, tokens = np.array(self.nats)[kept], np.array(self.tokens)[kept]
@@ -228,8 +233,10 @@ def evaluate(
     window_means: bool = False,
     progress: bool = False,
 ) -> Evaluation:
-    """Evaluate a model on a split of a token file.
+    """Evaluate a model on a split of a token file, or of `lay_out`.
 
+    context, stride: tokens, as in `token_losses`. batch_size: windows at a time.
+    corpus, name, step: for the result; on "tinywiki" its floor is computed too.
     separate: read each document without the ones before it. max_documents: only the
     first so many. padded: read each document alone, filled up with marks, and count
     these too. window_means: the mean of the windows' means, as some programs have it.
@@ -293,7 +300,7 @@ def evaluate(
 
 
 def mean_of_windows(losses: np.ndarray, context: int, stride: int) -> np.ndarray:
-    """All losses replaced by the mean of the windows' means."""
+    """(n,) losses, all replaced by the mean of the windows' means."""
     spans = windows(len(losses) + 1, context, stride)
     means = [losses[first - 1 : stop].mean() for _, stop, first in spans]
     return np.full(len(losses), np.mean(means))
@@ -343,7 +350,10 @@ Weights = Callable[[str], tuple[GPT, Tokenizer]]
 
 
 def open_model(options: EvaluationOptions, open_weights: Weights | None) -> Run:
-    """The run, or the weights, that the command line names."""
+    """The run, or the weights, that the command line names.
+
+    Raises EvaluationError unless there is one of the two; else as `load_run`.
+    """
     if (options.run is None) == (options.weights is None):
         raise EvaluationError("give either --run FOLDER or --weights NAME")
     if options.run:
@@ -357,8 +367,11 @@ def open_model(options: EvaluationOptions, open_weights: Weights | None) -> Run:
 
 
 def settings_of(options: EvaluationOptions, run: Run, *names: str) -> dict:
-    """What `evaluate` gets from the command line, without a corpus's text."""
-    protocol(run.model, options.context, options.stride)  # before the corpus is read
+    """What `evaluate` gets from the command line, before a corpus is read.
+
+    Raises EvaluationError for a protocol that the model cannot follow.
+    """
+    protocol(run.model, options.context, options.stride)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     corpus = options.corpus or run.config.corpus
@@ -397,7 +410,10 @@ def evaluate_run(
 def all_protocols(
     model: GPT, pieces: Iterable[Piece], tokenizer: Tokenizer, **options
 ) -> dict[str, Evaluation]:
-    """A text evaluated in each of the ways in use; documents are put together."""
+    """A text evaluated in each of the ways in use, by name; documents put together.
+
+    options: as in `evaluate`. Raises EvaluationError.
+    """
     pieces, results = list(pieces), {}
     context, _ = protocol(model, options.get("context"), None)
     for name, way in protocols(context).items():
@@ -417,7 +433,10 @@ def evaluate_protocols(
     open_weights: Weights | None = None,
     progress: bool = True,
 ) -> dict[str, Evaluation]:
-    """`--all-protocols`: one model on one split, counted in each way in use."""
+    """`--all-protocols`: one model on one split, counted in each way in use.
+
+    Raises GptlibError's subclasses.
+    """
     run = open_model(options, open_weights)
     settings = settings_of(options, run) | {"progress": progress}
     pieces = load_corpus(settings["corpus"]).pieces(options.split)

@@ -53,9 +53,9 @@ def check_finite(weights: dict[str, Tensor]) -> None:
 
 
 def to_gpt2_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
-    """Our weights under transformers' names, in its shapes.
+    """Our weights under transformers' names, in its shapes, on the CPU.
 
-    Linear layers transposed, missing biases filled with zeros, padding cropped.
+    Linear layers are (inputs, outputs), missing biases zeros; padding is cut off.
     """
     weights = {}
     for name, value in model.state_dict().items():
@@ -72,7 +72,7 @@ def to_gpt2_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
 
 
 def gpt2_config(config: GPTConfig, n_vocab: int, end_of_text: int):
-    """The `transformers.GPT2Config` of one of our models."""
+    """The `transformers.GPT2Config` of a model of ours; end_of_text: the mark's id."""
     from transformers import GPT2Config
 
     same = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
@@ -209,7 +209,10 @@ def from_gpt2_weights(weights: dict[str, Tensor], config: GPTConfig) -> GPT:
 
 
 def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Transformers' weights under our names, linear layers turned back."""
+    """Transformers' weights under our names, linear layers (outputs, inputs) again.
+
+    Raises ExchangeError for an output layer that is not the table of tokens.
+    """
     table = weights.get("transformer.wte.weight", weights.get("wte.weight"))
     found = {}
     for name, value in weights.items():
@@ -271,7 +274,7 @@ def our_config(theirs: dict, *, vocab_size: int | None = None) -> GPTConfig:
 
 
 def find_file(source: str, name: str) -> Path:
-    """A file of a model, in a folder or fetched from the hub."""
+    """A file of a model, in a folder or fetched from the hub. Raises ExchangeError."""
     from transformers.utils import cached_file
 
     offline = not Path(source).is_dir() and not has_network()
@@ -327,7 +330,10 @@ def import_model(source: str) -> tuple[GPT, Tokenizer]:
 
 
 def crop_block_size(model: GPT, block_size: int) -> GPT:
-    """The same model with a shorter context: later positions are dropped."""
+    """The same model with a context of so many tokens; later positions are dropped.
+
+    Raises ExchangeError unless block_size is between 1 and the model's.
+    """
     if not 1 <= block_size <= model.config.block_size:
         raise ExchangeError(
             f"block_size {block_size} is not between 1 and the model's "
@@ -340,7 +346,10 @@ def crop_block_size(model: GPT, block_size: int) -> GPT:
 
 
 def save_imported(model: GPT, tokenizer: Tokenizer, source: str, out: Path) -> None:
-    """Make a run folder of a model, which sampling, evaluation and --init accept."""
+    """Make a run folder of a model, which sampling, evaluation and --init accept.
+
+    source: where it came from, for the record. Raises ExchangeError if `out` exists.
+    """
     corpus = f"imported from {source}"
     config = TrainConfig(model.config, corpus, tokenizer.name, steps=1)
     record = {

@@ -101,7 +101,10 @@ class LayerCache:
         self.k = self.v = torch.empty(0)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values of T new positions; returns those of all S so far."""
+        """Append keys and values of T new positions, both (B, nh, T, hs).
+
+        Returns those of all S positions so far, (B, nh, S, hs).
+        """
         B, nh, T, hs = k.shape
         if not self.length:
             self.k = k.new_empty(B, nh, self.block_size, hs)
@@ -146,7 +149,7 @@ def stream(
     use_cache: bool = True,
     **settings,
 ) -> Iterator[Tensor]:
-    """Yield one (B,) tensor of new tokens after another; arguments as in `generate`."""
+    """Yield one (B,) tensor of new tokens after another; all else as in `generate`."""
     check_tokens(tokens, model.config.vocab_size)
     was_training = model.training
     model.eval()  # a model in training mode would drop parts of what it reads
@@ -220,7 +223,8 @@ def stream_text(
     """Yield the prompt, then its continuation piece by piece, up to its end-of-text.
 
     The model reads an end-of-text mark, then the prompt, as at a document's start.
-    settings: temperature, top_k, top_p, use_cache, as in `generate`.
+    settings: temperature, top_k, top_p, use_cache, as in `generate`. Raises
+    SamplingError.
     """
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
     tokens = torch.tensor([ids], device=model.device)
@@ -274,8 +278,8 @@ def sample_texts(
 ) -> list[str]:
     """Each prompt with its continuation, the i-th drawn with `seed + i`.
 
-    Prompts of equal length go through the model together, a row each. Arguments as in
-    `stream_text`.
+    Prompts of equal length go through the model together, a row each. Arguments and
+    errors as in `stream_text`.
     """
     end = tokenizer.end_of_text
     rows = [[end, *tokenizer.encode(prompt)] for prompt in prompts]

@@ -82,7 +82,8 @@ def lay_out(
     articles: a mark before each document, as in a token file. rows: before each row
     that is not blank. file: one text, with blank lines as in WikiText's file. spaced:
     one text, with two line ends more after each row. Words and bytes are counted before
-    detokenising, but if there are only the first `max_tokens`, in these.
+    detokenising, but if there are only the first `max_tokens`, in these. Raises
+    CountingError for another layout and for less than one token.
     """
     if layout not in LAYOUTS or (max_tokens is not None and max_tokens < 1):
         raise CountingError(
@@ -117,7 +118,10 @@ def lay_out(
 
 
 def protocols(context: int) -> dict[str, dict]:
-    """Ways of counting that are in use: the options of `lay_out` and `evaluate`."""
+    """Ways of counting that are in use: the options of `lay_out` and `evaluate`.
+
+    context: of the model, in tokens; no stride is longer.
+    """
     file = {"layout": "file"}
     start = {**file, "stride": min(32, context), "max_tokens": 8192}
     return {
@@ -136,7 +140,10 @@ def protocols(context: int) -> dict[str, dict]:
 
 
 def protocol_table(results: dict[str, Any]) -> str:
-    """Each way in a line: tokens counted, then perplexities."""
+    """Each way in a line: tokens counted, then perplexity per token and per word.
+
+    results: by name, each an `Evaluation`. In the last column line ends are no words.
+    """
     lines = [f"{'perplexity':33} {'tokens':>8} {'token':>8} {'word':>8} {'plain':>8}"]
     for name, e in results.items():
         values = e.perplexity, e.word_perplexity, e.plain_word_perplexity

@@ -37,7 +37,10 @@ def run_folder(name: str, config: TrainConfig) -> Path:
 
 
 def read_record(run: Path) -> dict | None:
-    """What `run.json` says, or None if there is none."""
+    """What `run.json` says, its configuration as a `TrainConfig`; None without a file.
+
+    Raises RunError if the file is damaged.
+    """
     path = Path(run) / "run.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -60,7 +63,10 @@ def own_tokenizer(run: Path, record: dict) -> Tokenizer:
 
 
 def decisive(config: TrainConfig) -> dict:
-    """The settings that decide what a run learns, by name, the schedule in steps."""
+    """The settings that decide what a run learns, by name, the schedule in steps.
+
+    A field of the model's shape has the name `model.FIELD`.
+    """
     values = dataclasses.asdict(config)
     values |= {f"model.{key}": value for key, value in values.pop("model").items()}
     for name in ("eval_interval", "eval_sequences"):  # what is looked at, not learned
@@ -137,7 +143,7 @@ class Run:
         """The prompt with its continuation; for a list of prompts a list of texts.
 
         Arguments as in `gptlib.sampling.stream_text`: max_new_tokens, temperature,
-        top_k, top_p, seed.
+        top_k, top_p, seed. Raises SamplingError.
         """
         if isinstance(prompt, str):
             return "".join(self.stream(prompt, *args, **options))

@@ -103,7 +103,10 @@ class Data:
 
 
 def open_corpus(config: TrainConfig, own: Tokenizer | None, progress: bool) -> Data:
-    """The windows of a corpus. own: the tokenizer of a run that has begun."""
+    """The windows of a corpus. own: the tokenizer of a run that has begun.
+
+    Raises RunError if the model has too few ids, and what reading a corpus raises.
+    """
     corpus = load_corpus(config.corpus)
     tokenizer = own or load_tokenizer(config.tokenizer, corpus)
     if tokenizer.n_vocab > config.model.vocab_size:
@@ -131,7 +134,11 @@ def all_weights(model: GPT, config: TrainConfig, precision: Precision) -> TrainS
 
 
 class Leg:
-    """One stretch of a run, from where it stands to its end, a limit or a signal."""
+    """One stretch of a run, from where it stands to its end, a limit or a signal.
+
+    Arguments as in `run_training`; world: the processes that train together. Raises
+    RunError and what reading, saving and picking a device raise.
+    """
 
     def __init__(
         self,
@@ -227,6 +234,7 @@ class Leg:
                 cut_rows(self.out / name, step)
 
     def open_journal(self) -> Journal:
+        """The journal of this leg, with the seconds of a step at the device's peak."""
         state, options, config = self.state, self.options, self.config
         peak = devices.peak_flops(self.world.device, state.precision.name)
         flops = state.model.flops_per_token() * config.tokens_per_step
@@ -241,6 +249,7 @@ class Leg:
         )
 
     def say(self, text: str) -> None:
+        """A line to the terminal, from the first process alone."""
         if self.world.is_main:
             say(text)
 
@@ -285,6 +294,7 @@ class Leg:
         return stop
 
     def evaluate(self) -> None:
+        """Write the validation loss. Raises RunError if it is not finite."""
         if self.journal:
             state = self.state
             how = (self.eval_batches, state.precision, self.micro_batch_size)
@@ -300,6 +310,7 @@ class Leg:
         self.clock.restart_step()
 
     def save(self) -> None:
+        """Write a checkpoint, once the rows up to it are on the disk."""
         if self.journal:
             began, step = time.perf_counter(), self.state.step
             self.journal.sync()  # rows reach the disk before the checkpoint does

@@ -13,7 +13,10 @@ from gptlib.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 
 
 def byte_letters() -> dict[int, str]:
-    """GPT-2's printable letter for each byte: its own, or else one from 256 on."""
+    """GPT-2's printable letter for each byte: its own, or else one from 256 on.
+
+    Source: `bytes_to_unicode` of openai/gpt-2, encoder.py.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {byte: chr(byte) for byte in printable}
     others = [byte for byte in range(256) if byte not in letters]
@@ -47,7 +50,8 @@ def to_fast_tokenizer(tokenizer: Tokenizer, block_size: int):
 
     By transformers' custom the words `<|endoftext|>` in a text become the mark; with
     `split_special_tokens=True` they are ordinary text, as `Tokenizer.encode` has them.
-    Needs GPT-2's split pattern.
+    block_size: the longest text of a model, in tokens. Raises ExchangeError for another
+    split pattern than GPT-2's.
     """
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as FastTokenizer
@@ -81,7 +85,7 @@ def to_fast_tokenizer(tokenizer: Tokenizer, block_size: int):
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file, or an ExchangeError that names it."""
+    """The object in a JSON file. Raises ExchangeError, which names a damaged file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
