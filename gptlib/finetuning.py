@@ -226,7 +226,7 @@ OLD, NEW = (0, 1, 2, 3), (4, 5)  # wordings that are trained, and that are held 
 
 def held_out(entity: Entity) -> bool:
     """Whether an entity is kept for testing: one in three."""
-    return entity.index % 3 == 2
+    return entity.number % 3 == 2
 
 
 def famous_entities() -> list[Entity]:
@@ -513,8 +513,8 @@ def draw_answers(
     through the model together. Temperature 0 draws nothing, and needs no keys.
     """
     stop = [chat_marks(tokenizer)["end"], tokenizer.end_of_text]
-    options = {"temperature": temperature, "n_vocab": tokenizer.n_vocab, "stop": stop}
-    return continue_rows(model, prompts, max_new_tokens, seeds=keys, **options)
+    how = {"temperature": temperature, "n_vocab": tokenizer.n_vocab}
+    return continue_rows(model, prompts, max_new_tokens, seeds=keys, stop=stop, **how)
 
 
 def replies(

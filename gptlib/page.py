@@ -114,7 +114,8 @@ def export_page_weights(
         raise PageError(f"{tokenizer.name}: its split pattern is not GPT-2's")
     if any(moment.model.config != config for moment in moments):
         raise PageError("the moments have models of several shapes; give one file each")
-    packed, tensors = [], []
+    packed: list[str] = []
+    tensors: list[list] = []
     for moment in moments:
         tensors, line = pack_all(moment.model.state_dict(), moment.bits)
         packed.append(line)

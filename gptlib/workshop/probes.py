@@ -49,7 +49,7 @@ def name_probes(wiki: TinyWiki) -> Iterator[Probe]:
     people = dict(wiki.entities("person"))
     for index, name in people.items():
         facts = wiki.facts("person", index)
-        friend = people[facts["friend"].index]
+        friend = people[facts["friend"].number]
         others = tuple(other for other in people.values() if other != name)
         told = (
             f" {name} was friends with {friend} . In 1947 {facts['she']} went to visit"
