@@ -18,9 +18,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 
-if (
-    TYPE_CHECKING
-):  # for type checkers; at run time a name is loaded when it is asked for
+if TYPE_CHECKING:  # at run time a name is loaded when it is asked for
     from gptlib.batches import Batches as Batches
     from gptlib.corpus import Corpus as Corpus
     from gptlib.corpus import load_corpus as load_corpus
