@@ -18,9 +18,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 
-if (
-    TYPE_CHECKING
-):  # for type checkers; at run time a name is loaded when it is asked for
+if TYPE_CHECKING:  # at run time a name is loaded when it is asked for
     from gptlib.batches import Batches as Batches
     from gptlib.corpus import Corpus as Corpus
     from gptlib.corpus import load_corpus as load_corpus
@@ -40,9 +38,9 @@ if (
     from gptlib.training import PRESETS as PRESETS
     from gptlib.training import TrainConfig as TrainConfig
     from gptlib.training import train as train
-    from gptlib.workshop.runs import Run as Run
+    from gptlib.workshop.run_folders import Run as Run
+    from gptlib.workshop.run_folders import load_run as load_run
     from gptlib.workshop.runs import RunOptions as RunOptions
-    from gptlib.workshop.runs import load_run as load_run
     from gptlib.workshop.token_files import load_tokens as load_tokens
 
 __version__ = "0.1.0"
@@ -58,7 +56,8 @@ HOME = {
     "speed": ["fast_loss"],
     "tokenizer": ["Tokenizer", "load_tokenizer"],
     "training": ["PRESETS", "TrainConfig", "train"],
-    "workshop.runs": ["Run", "RunOptions", "load_run"],
+    "workshop.run_folders": ["Run", "load_run"],
+    "workshop.runs": ["RunOptions"],
     "workshop.token_files": ["load_tokens"],
 }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -27,9 +26,10 @@ from gptlib.gpt import GPT
 from gptlib.objective import bits_per_byte, perplexity
 from gptlib.tokenizer import Tokenizer
 from gptlib.training import TrainConfig
+from gptlib.workshop.counting import LAID, lay_out, protocol_table, protocols
 from gptlib.workshop.devices import pick_device
 from gptlib.workshop.files import write_whole
-from gptlib.workshop.runs import Run, load_run
+from gptlib.workshop.run_folders import Run, load_run
 from gptlib.workshop.tinywiki import TinyWiki
 from gptlib.workshop.token_files import TokenSplit, load_tokens
 from gptlib.workshop.watching import errors_in_one_line
@@ -45,7 +45,7 @@ def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int
     A window reads tokens start .. stop - 1 and predicts start + 1 .. stop; it scores
     those from `first scored` on. With stride = context the windows do not overlap; with
     a smaller stride every target has at least context - stride tokens before it, but
-    for the first window's.
+    for the first window's. Raises EvaluationError for a stride outside 1 .. context.
     """
     if not 1 <= stride <= context:
         raise EvaluationError(
@@ -148,14 +148,17 @@ class Evaluation:
 
     @property
     def nats_per_token(self) -> float:
+        """Mean of all tokens that were scored."""
         return math.fsum(self.nats) / sum(self.tokens)
 
     @property
     def perplexity(self) -> float:
+        """Per token."""
         return perplexity(self.nats_per_token)
 
     @property
     def word_perplexity(self) -> float:
+        """Per word, each line end counted as a word (Merity et al. 2017)."""
         return perplexity(math.fsum(self.nats) / self.words)
 
     @property
@@ -165,14 +168,16 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
+        """Per byte of the text in UTF-8."""
         return bits_per_byte(self.nats_per_token, sum(self.tokens), self.text_bytes)
 
     def interval(
         self, level: float = 0.95, draws: int = 2000, seed: int = 0
     ) -> tuple[float, float]:
-        """Bootstrap interval of nats per token over documents.
+        """Bootstrap interval (low, high) of nats per token over documents.
 
-        Source: Efron and Tibshirani 1993, chapter 13.
+        level: of the resampled means between the two. draws: how many means. Source:
+        Efron and Tibshirani 1993, chapter 13.
         """
         kept = np.array(self.tokens) > 0  # an empty document says nothing
         nats, tokens = np.array(self.nats)[kept], np.array(self.tokens)[kept]
@@ -205,6 +210,12 @@ class Evaluation:
         return "\n".join(lines)
 
 
+def evaluation_of(values: dict) -> Evaluation:
+    """The inverse of `dataclasses.asdict`, lists for tuples."""
+    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+    return Evaluation(**values | lists)
+
+
 def evaluate(
     model: GPT,
     split: TokenSplit,
@@ -222,8 +233,10 @@ def evaluate(
     window_means: bool = False,
     progress: bool = False,
 ) -> Evaluation:
-    """Evaluate a model on a split of a token file.
+    """Evaluate a model on a split of a token file, or of `lay_out`.
 
+    context, stride: tokens, as in `token_losses`. batch_size: windows at a time.
+    corpus, name, step: for the result; on "tinywiki" its floor is computed too.
     separate: read each document without the ones before it. max_documents: only the
     first so many. padded: read each document alone, filled up with marks, and count
     these too. window_means: the mean of the windows' means, as some programs have it.
@@ -287,7 +300,7 @@ def evaluate(
 
 
 def mean_of_windows(losses: np.ndarray, context: int, stride: int) -> np.ndarray:
-    """All losses replaced by the mean of the windows' means."""
+    """(n,) losses, all replaced by the mean of the windows' means."""
     spans = windows(len(losses) + 1, context, stride)
     means = [losses[first - 1 : stop].mean() for _, stop, first in spans]
     return np.full(len(losses), np.mean(means))
@@ -297,154 +310,6 @@ def tinywiki_floor(split: str, documents: int) -> float:
     """Nats that a split's first articles cost a reader who knows all there is."""
     articles = zip(TinyWiki().articles(split), range(documents), strict=False)
     return math.fsum(article.nats_floor for article, _ in articles)
-
-
-DETOKENISE = (  # pattern and replacement, in this order
-    (r" ' (?=\d)", " '"),  # the ' 70s
-    (r"(?<= )' (\w[^'\n]*) '(?=\s)", r"'\1'"),
-    (r"s '(?=\s)", "s'"),
-    (r" 's\b", "'s"),
-    (r" @([-,.])@ ", r"\1"),  # well @-@ known, 1 @,@ 000, 0 @.@ 5
-    (r" ([.,:;!?])(?=\s)", r"\1"),
-    (r"([(\[{]) ", r"\1"),
-    (r" ([)\]}])", r"\1"),
-    (r'" ?([^"\n]*?) ?"', r'"\1"'),
-    (r" ° ", "°"),
-    (r"= (?==)", "="),  # signs around a heading
-    (r"(?m)^ | $", ""),
-)
-
-
-def detokenise(text: str) -> str:
-    """WikiText's words and signs joined again: `1 @,@ 000 .` becomes `1,000.`
-
-    Kinds of rules as in Megatron-LM (NVIDIA, tasks/zeroshot_gpt/detokenizer.py), where
-    quotes may run over lines and a capital N becomes 1; here neither.
-    """
-    for pattern, replacement in DETOKENISE:
-        text = re.sub(pattern, replacement, text)
-    return text
-
-
-HEADING = re.compile(r" (= )+[^=].*( =)+ \n")
-
-
-def rows_of(piece: Piece) -> list[str]:
-    """The rows of a WikiText article, the blank ones put back as empty strings.
-
-    There is one before and after each heading; the others are at the end.
-    """
-    rows: list[str] = []
-    for row in re.findall(r"[^\n]*\n|[^\n]+", piece.text):
-        rows += ["", row, ""] if HEADING.fullmatch(row) else [row]
-    rows = rows[1:] if rows and not rows[0] else rows  # it is the last article's
-    while len(rows) > piece.lines and not rows[-1]:
-        rows.pop()
-    return rows + [""] * (piece.lines - len(rows))
-
-
-LAYOUTS = ("articles", "rows", "file", "spaced")
-LAID = ("layout", "detokenised", "max_tokens")  # options of `lay_out`
-
-
-def lay_out(
-    pieces: Iterable[Piece],
-    tokenizer: Tokenizer,
-    layout: str = "articles",
-    *,
-    detokenised: bool = False,
-    max_tokens: int | None = None,
-) -> TokenSplit:
-    """A split in memory, its text laid out in one of four ways.
-
-    articles: a mark before each document, as in a token file. rows: before each row
-    that is not blank. file: one text, with blank lines as in WikiText's file. spaced:
-    one text, with two line ends more after each row. Words and bytes are counted before
-    detokenising, but if there are only the first `max_tokens`, in these.
-    """
-    if layout not in LAYOUTS or (max_tokens is not None and max_tokens < 1):
-        raise EvaluationError(
-            f"layout is {layout!r}, max_tokens {max_tokens}; choose one of "
-            f"{', '.join(LAYOUTS)}, and at least 1 token"
-        )
-    documents: list[list[str]] = []
-    record = dict.fromkeys(("words", "lines", "text_bytes"), 0)
-    for piece in pieces:
-        record["words"] += len(piece.text.split())
-        record["lines"] += piece.lines
-        record["text_bytes"] += len(piece.text.encode())
-        rows = rows_of(piece)
-        if piece.starts or not documents:
-            documents.append([])
-        documents[-1] += map(detokenise, rows) if detokenised else rows
-    rows = [row for document in documents for row in document]
-    blank = "\n" if detokenised else " \n"
-    texts = {
-        "articles": ["".join(document) for document in documents],
-        "rows": [row for row in rows if row.strip()],
-        "file": ["".join(row or blank for row in rows)],
-        "spaced": ["\n\n".join(rows)],
-    }[layout]
-    mark = tokenizer.end_of_text
-    ids = [mark]
-    for text in texts:
-        ids += [*tokenizer.encode(text), mark]
-    if max_tokens is not None and max_tokens < len(ids) - 2:
-        ids, record = [*ids[: max_tokens + 1], mark], {}
-    return TokenSplit(np.array(ids), record, mark)
-
-
-def protocols(context: int) -> dict[str, dict]:
-    """Ways of counting that are in use: the options of `lay_out` and `evaluate`."""
-    file = {"layout": "file"}
-    start = {**file, "stride": min(32, context), "max_tokens": 8192}
-    return {
-        "articles with marks": {},
-        "each article alone": {"separate": True},
-        "... filled up, all counted": {"padded": True},
-        "each row alone": {"layout": "rows", "separate": True},
-        "rows with two line ends more": {"layout": "spaced"},
-        "the file": file,
-        "... stride of half a context": {**file, "stride": max(1, context // 2)},
-        "... stride 32, first 8,192 tokens": start,
-        "... and means of windows": {**start, "window_means": True},
-        "detokenised, the file": {**file, "detokenised": True},
-        "detokenised, each article alone": {"separate": True, "detokenised": True},
-    }
-
-
-def all_protocols(
-    model: GPT, pieces: Iterable[Piece], tokenizer: Tokenizer, **options
-) -> dict[str, Evaluation]:
-    """A text evaluated in each of the ways in use; documents are put together."""
-    pieces, results = list(pieces), {}
-    context, _ = protocol(model, options.get("context"), None)
-    for name, way in protocols(context).items():
-        laid = {key: way.pop(key) for key in LAID if key in way}
-        split = lay_out(pieces, tokenizer, **laid)
-        found = evaluate(model, split, tokenizer, **options | way)
-        nats, tokens = math.fsum(found.nats), sum(found.tokens)
-        results[name] = dataclasses.replace(
-            found, nats=(nats,), tokens=(tokens,), blocks=()
-        )
-    return results
-
-
-def evaluation_of(values: dict) -> Evaluation:
-    """The inverse of `dataclasses.asdict`, lists for tuples."""
-    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-    return Evaluation(**values | lists)
-
-
-def protocol_table(results: dict[str, Evaluation]) -> str:
-    """Each way in a line: tokens counted, then perplexities."""
-    lines = [f"{'perplexity':33} {'tokens':>8} {'token':>8} {'word':>8} {'plain':>8}"]
-    for name, e in results.items():
-        values = e.perplexity, e.word_perplexity, e.plain_word_perplexity
-        lines.append(
-            f"{name:33} {sum(e.tokens):8,} " + " ".join(f"{v:8.1f}" for v in values)
-        )
-    return "\n".join(lines)
 
 
 def read_evaluation(path: Path | str) -> Evaluation:
@@ -485,7 +350,10 @@ Weights = Callable[[str], tuple[GPT, Tokenizer]]
 
 
 def open_model(options: EvaluationOptions, open_weights: Weights | None) -> Run:
-    """The run, or the weights, that the command line names."""
+    """The run, or the weights, that the command line names.
+
+    Raises EvaluationError unless there is one of the two; else as `load_run`.
+    """
     if (options.run is None) == (options.weights is None):
         raise EvaluationError("give either --run FOLDER or --weights NAME")
     if options.run:
@@ -499,8 +367,11 @@ def open_model(options: EvaluationOptions, open_weights: Weights | None) -> Run:
 
 
 def settings_of(options: EvaluationOptions, run: Run, *names: str) -> dict:
-    """What `evaluate` gets from the command line, without a corpus's text."""
-    protocol(run.model, options.context, options.stride)  # before the corpus is read
+    """What `evaluate` gets from the command line, before a corpus is read.
+
+    Raises EvaluationError for a protocol that the model cannot follow.
+    """
+    protocol(run.model, options.context, options.stride)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     corpus = options.corpus or run.config.corpus
@@ -536,13 +407,36 @@ def evaluate_run(
     return result
 
 
+def all_protocols(
+    model: GPT, pieces: Iterable[Piece], tokenizer: Tokenizer, **options
+) -> dict[str, Evaluation]:
+    """A text evaluated in each of the ways in use, by name; documents put together.
+
+    options: as in `evaluate`. Raises EvaluationError.
+    """
+    pieces, results = list(pieces), {}
+    context, _ = protocol(model, options.get("context"), None)
+    for name, way in protocols(context).items():
+        laid = {key: way.pop(key) for key in LAID if key in way}
+        split = lay_out(pieces, tokenizer, **laid)
+        found = evaluate(model, split, tokenizer, **options | way)
+        nats, tokens = math.fsum(found.nats), sum(found.tokens)
+        results[name] = dataclasses.replace(
+            found, nats=(nats,), tokens=(tokens,), blocks=()
+        )
+    return results
+
+
 def evaluate_protocols(
     options: EvaluationOptions,
     *,
     open_weights: Weights | None = None,
     progress: bool = True,
 ) -> dict[str, Evaluation]:
-    """`--all-protocols`: one model on one split, counted in each way in use."""
+    """`--all-protocols`: one model on one split, counted in each way in use.
+
+    Raises GptlibError's subclasses.
+    """
     run = open_model(options, open_weights)
     settings = settings_of(options, run) | {"progress": progress}
     pieces = load_corpus(settings["corpus"]).pieces(options.split)

@@ -21,24 +21,25 @@ import torch
 import tyro
 from torch import Tensor
 
-from gptlib import GptlibError
 from gptlib.corpus import has_network
 from gptlib.gpt import GPT, GPTConfig
-from gptlib.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+from gptlib.tokenizer import Tokenizer
 from gptlib.training import TrainConfig, TrainState, optimizer_of
 from gptlib.workshop.checkpoints import Checkpoints
 from gptlib.workshop.devices import describe_code, describe_machine
 from gptlib.workshop.files import write_whole
-from gptlib.workshop.runs import Run, load_run
+from gptlib.workshop.run_folders import Run, load_run
+from gptlib.workshop.tokenizer_json import (
+    ExchangeError,
+    from_tokenizer_json,
+    read_json,
+    to_fast_tokenizer,
+)
 from gptlib.workshop.watching import errors_in_one_line, read_rows
 
 
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers: transposed
 ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new"}  # ours -> theirs
-
-
-class ExchangeError(GptlibError):
-    """A model that cannot be exported or imported; names the key or feature."""
 
 
 def check_finite(weights: dict[str, Tensor]) -> None:
@@ -52,9 +53,9 @@ def check_finite(weights: dict[str, Tensor]) -> None:
 
 
 def to_gpt2_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
-    """Our weights under transformers' names, in its shapes.
+    """Our weights under transformers' names, in its shapes, on the CPU.
 
-    Linear layers transposed, missing biases filled with zeros, padding cropped.
+    Linear layers are (inputs, outputs), missing biases zeros; padding is cut off.
     """
     weights = {}
     for name, value in model.state_dict().items():
@@ -71,7 +72,7 @@ def to_gpt2_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
 
 
 def gpt2_config(config: GPTConfig, n_vocab: int, end_of_text: int):
-    """The `transformers.GPT2Config` of one of our models."""
+    """The `transformers.GPT2Config` of a model of ours; end_of_text: the mark's id."""
     from transformers import GPT2Config
 
     same = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
@@ -83,70 +84,6 @@ def gpt2_config(config: GPTConfig, n_vocab: int, end_of_text: int):
         activation_function=ACTIVATION_NAMES[config.activation],
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
-    )
-
-
-def byte_letters() -> dict[int, str]:
-    """GPT-2's printable letter for each byte: its own, or else one from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {byte: chr(byte) for byte in printable}
-    others = [byte for byte in range(256) if byte not in letters]
-    return letters | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges behind a table of ranks: each token's two halves.
-
-    They are found by encoding the token with the ranks before its own.
-    """
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) == 1:
-            continue
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            i = min(range(len(pairs)), key=pairs.__getitem__)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        merges.append((parts[0], parts[1]))
-    return merges
-
-
-def to_fast_tokenizer(tokenizer: Tokenizer, block_size: int):
-    """A `transformers.PreTrainedTokenizerFast` that gives the same ids on all text.
-
-    By transformers' custom the words `<|endoftext|>` in a text become the mark; with
-    `split_special_tokens=True` they are ordinary text, as `Tokenizer.encode` has them.
-    Needs GPT-2's split pattern.
-    """
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as FastTokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    if tokenizer.pattern != GPT2_PATTERN:
-        raise ExchangeError(
-            f"tokenizer {tokenizer.name!r} does not split text as GPT-2 does; it "
-            "cannot be exported"
-        )
-    letters = byte_letters()
-
-    def spell(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
-
-    vocabulary = {spell(token): rank for token, rank in tokenizer.ranks.items()}
-    vocabulary[END_OF_TEXT] = tokenizer.end_of_text
-    merges = [(spell(a), spell(b)) for a, b in merges_of(tokenizer.ranks)]
-    fast = FastTokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=fast,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        unk_token=END_OF_TEXT,
-        model_max_length=block_size,
-        clean_up_tokenization_spaces=False,
     )
 
 
@@ -272,7 +209,10 @@ def from_gpt2_weights(weights: dict[str, Tensor], config: GPTConfig) -> GPT:
 
 
 def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Transformers' weights under our names, linear layers turned back."""
+    """Transformers' weights under our names, linear layers (outputs, inputs) again.
+
+    Raises ExchangeError for an output layer that is not the table of tokens.
+    """
     table = weights.get("transformer.wte.weight", weights.get("wte.weight"))
     found = {}
     for name, value in weights.items():
@@ -333,63 +273,8 @@ def our_config(theirs: dict, *, vocab_size: int | None = None) -> GPTConfig:
     )
 
 
-def from_tokenizer_json(path: Path, name: str) -> Tokenizer:
-    """The byte-level BPE of a `tokenizer.json` as one of ours.
-
-    Raises ExchangeError if it is of another kind.
-    """
-    stored = read_json(path)
-    bpe, cut = stored.get("model") or {}, stored.get("pre_tokenizer") or {}
-
-    def refuse(reason: str):
-        return ExchangeError(f"{path.name}: {reason}; it cannot be imported")
-
-    if bpe.get("type") != "BPE":
-        raise refuse(f"a {bpe.get('type')} tokenizer, not a byte-level BPE")
-    byte_level = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
-    if not byte_level or cut.get("add_prefix_space") or stored.get("normalizer"):
-        raise refuse(
-            f"it does not split text as GPT-2 does (pre_tokenizer {cut.get('type')})"
-        )
-    special = {t["content"]: t["id"] for t in stored.get("added_tokens", [])}
-    unknown = sorted(set(special) - {END_OF_TEXT})
-    if unknown:
-        raise refuse(f"added tokens {', '.join(unknown)} beside {END_OF_TEXT}")
-    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
-
-    def read(token: str) -> bytes:
-        return bytes(bytes_of[letter] for letter in token)
-
-    try:
-        vocabulary = bpe.get("vocab", {}).items()
-        ranks = {read(token): i for token, i in vocabulary if token not in special}
-        pairs = [
-            p.split(" ") if isinstance(p, str) else p for p in bpe.get("merges", [])
-        ]
-        merges = [(read(a), read(b)) for a, b in pairs]
-    except KeyError as error:
-        raise refuse(f"{error} is no byte-level letter") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or merges_of(ranks) != merges:
-        raise refuse("ids do not count the merges, as GPT-2's do")
-    if special.get(END_OF_TEXT) != len(ranks):
-        found = special.get(END_OF_TEXT)
-        raise refuse(f"{END_OF_TEXT} has id {found}, not {len(ranks)}, the next")
-    return Tokenizer(name=name, ranks=ranks, pattern=GPT2_PATTERN)
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file, or an ExchangeError that names it."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    except ValueError:
-        pass
-    raise ExchangeError(f"{path.name}: damaged (no JSON); fetch or export it again")
-
-
 def find_file(source: str, name: str) -> Path:
-    """A file of a model, in a folder or fetched from the hub."""
+    """A file of a model, in a folder or fetched from the hub. Raises ExchangeError."""
     from transformers.utils import cached_file
 
     offline = not Path(source).is_dir() and not has_network()
@@ -445,7 +330,10 @@ def import_model(source: str) -> tuple[GPT, Tokenizer]:
 
 
 def crop_block_size(model: GPT, block_size: int) -> GPT:
-    """The same model with a shorter context: later positions are dropped."""
+    """The same model with a context of so many tokens; later positions are dropped.
+
+    Raises ExchangeError unless block_size is between 1 and the model's.
+    """
     if not 1 <= block_size <= model.config.block_size:
         raise ExchangeError(
             f"block_size {block_size} is not between 1 and the model's "
@@ -458,7 +346,10 @@ def crop_block_size(model: GPT, block_size: int) -> GPT:
 
 
 def save_imported(model: GPT, tokenizer: Tokenizer, source: str, out: Path) -> None:
-    """Make a run folder of a model, which sampling, evaluation and --init accept."""
+    """Make a run folder of a model, which sampling, evaluation and --init accept.
+
+    source: where it came from, for the record. Raises ExchangeError if `out` exists.
+    """
     corpus = f"imported from {source}"
     config = TrainConfig(model.config, corpus, tokenizer.name, steps=1)
     record = {

@@ -29,18 +29,12 @@ from gptlib import GptlibError
 from gptlib.batches import crop_offsets
 from gptlib.corpus import load_corpus
 from gptlib.gpt import GPT
-from gptlib.sampling import generate, seeded, stream
+from gptlib.sampling import continue_rows, seeded, stream
 from gptlib.tokenizer import Tokenizer
 from gptlib.training import TrainConfig
 from gptlib.workshop.probes import Probe, most_probable
-from gptlib.workshop.runs import (
-    Data,
-    Run,
-    RunOptions,
-    load_run,
-    read_record,
-    run_training,
-)
+from gptlib.workshop.run_folders import Run, load_run, read_record
+from gptlib.workshop.runs import Data, RunOptions, run_training
 from gptlib.workshop.tinywiki import (
     FAMOUS,
     Entity,
@@ -232,7 +226,7 @@ OLD, NEW = (0, 1, 2, 3), (4, 5)  # wordings that are trained, and that are held 
 
 def held_out(entity: Entity) -> bool:
     """Whether an entity is kept for testing: one in three."""
-    return entity.index % 3 == 2
+    return entity.number % 3 == 2
 
 
 def famous_entities() -> list[Entity]:
@@ -519,17 +513,8 @@ def draw_answers(
     through the model together. Temperature 0 draws nothing, and needs no keys.
     """
     stop = [chat_marks(tokenizer)["end"], tokenizer.end_of_text]
-    options = {"temperature": temperature, "n_vocab": tokenizer.n_vocab, "stop": stop}
-    found: list[list[int]] = [[] for _ in prompts]
-    for length in sorted({len(ids) for ids in prompts}):
-        group = [i for i, ids in enumerate(prompts) if len(ids) == length]
-        tokens = torch.tensor([prompts[i] for i in group], device=model.device)
-        darts = [seeded(keys[i]) for i in group]
-        out = generate(model, tokens, max_new_tokens, generator=darts, **options)
-        for i, ids in zip(group, out[:, length:].tolist(), strict=True):
-            end = min((ids + [mark]).index(mark) for mark in stop)
-            found[i] = ids[: end + 1]
-    return found
+    how = {"temperature": temperature, "n_vocab": tokenizer.n_vocab}
+    return continue_rows(model, prompts, max_new_tokens, seeds=keys, stop=stop, **how)
 
 
 def replies(

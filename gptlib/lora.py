@@ -24,7 +24,8 @@ from gptlib.pretraining import plan
 from gptlib.training import Precision, TrainConfig, TrainState, optimizer_of
 from gptlib.workshop.checkpoints import Checkpoints, weights_hash
 from gptlib.workshop.files import write_whole
-from gptlib.workshop.runs import Run, RunOptions
+from gptlib.workshop.run_folders import Run
+from gptlib.workshop.runs import RunOptions
 from gptlib.workshop.watching import errors_in_one_line
 
 

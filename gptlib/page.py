@@ -27,7 +27,7 @@ from gptlib.gpt import GPT, GPTConfig
 from gptlib.sampling import sample_texts
 from gptlib.tokenizer import GPT2_PATTERN, Tokenizer
 from gptlib.workshop.files import write_whole
-from gptlib.workshop.runs import load_run
+from gptlib.workshop.run_folders import load_run
 from gptlib.workshop.watching import errors_in_one_line
 
 
@@ -114,7 +114,8 @@ def export_page_weights(
         raise PageError(f"{tokenizer.name}: its split pattern is not GPT-2's")
     if any(moment.model.config != config for moment in moments):
         raise PageError("the moments have models of several shapes; give one file each")
-    packed, tensors = [], []
+    packed: list[str] = []
+    tensors: list[list] = []
     for moment in moments:
         tensors, line = pack_all(moment.model.state_dict(), moment.bits)
         packed.append(line)

@@ -44,13 +44,8 @@ from gptlib.workshop.devices import (
     total_memory,
 )
 from gptlib.workshop.distribution import process_device
-from gptlib.workshop.runs import (
-    Run,
-    RunOptions,
-    branch_run,
-    load_run,
-    run_training,
-)
+from gptlib.workshop.run_folders import Run, load_run
+from gptlib.workshop.runs import RunOptions, branch_run, run_training
 from gptlib.workshop.token_files import load_tokens
 from gptlib.workshop.watching import errors_in_one_line
 

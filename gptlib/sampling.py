@@ -101,7 +101,10 @@ class LayerCache:
         self.k = self.v = torch.empty(0)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values of T new positions; returns those of all S so far."""
+        """Append keys and values of T new positions, both (B, nh, T, hs).
+
+        Returns those of all S positions so far, (B, nh, S, hs).
+        """
         B, nh, T, hs = k.shape
         if not self.length:
             self.k = k.new_empty(B, nh, self.block_size, hs)
@@ -146,7 +149,7 @@ def stream(
     use_cache: bool = True,
     **settings,
 ) -> Iterator[Tensor]:
-    """Yield one (B,) tensor of new tokens after another; arguments as in `generate`."""
+    """Yield one (B,) tensor of new tokens after another; all else as in `generate`."""
     check_tokens(tokens, model.config.vocab_size)
     was_training = model.training
     model.eval()  # a model in training mode would drop parts of what it reads
@@ -220,7 +223,8 @@ def stream_text(
     """Yield the prompt, then its continuation piece by piece, up to its end-of-text.
 
     The model reads an end-of-text mark, then the prompt, as at a document's start.
-    settings: temperature, top_k, top_p, use_cache, as in `generate`.
+    settings: temperature, top_k, top_p, use_cache, as in `generate`. Raises
+    SamplingError.
     """
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
     tokens = torch.tensor([ids], device=model.device)
@@ -235,6 +239,34 @@ def stream_text(
     yield utf8.decode(b"", final=True)
 
 
+def continue_rows(
+    model: GPT,
+    rows: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    seeds: Sequence[int | None],
+    stop: Sequence[int],
+    **settings,
+) -> list[list[int]]:
+    """The new ids of each row, the i-th drawn with `seeds[i]`.
+
+    rows: ids, each row of at least one. Rows of equal length go through the model
+    together. A row's answer ends with the first of `stop`, which is there unless
+    `max_new_tokens` came first. settings: as in `generate`. Raises SamplingError.
+    """
+    found: list[list[int]] = [[] for _ in rows]
+    settings["stop"] = stop
+    for length in sorted({len(row) for row in rows}):
+        group = [i for i, row in enumerate(rows) if len(row) == length]
+        tokens = torch.tensor([rows[i] for i in group], device=model.device)  # (B, T)
+        darts = [seeded(seeds[i]) for i in group]
+        drawn = generate(model, tokens, max_new_tokens, generator=darts, **settings)
+        for i, ids in zip(group, drawn[:, length:].tolist(), strict=True):
+            end = next((j for j, id in enumerate(ids, 1) if id in stop), len(ids))
+            found[i] = ids[:end]
+    return found
+
+
 def sample_texts(
     model: GPT,
     tokenizer: Tokenizer,
@@ -246,20 +278,16 @@ def sample_texts(
 ) -> list[str]:
     """Each prompt with its continuation, the i-th drawn with `seed + i`.
 
-    Prompts of equal length go through the model together, a row each. Arguments as in
-    `stream_text`.
+    Prompts of equal length go through the model together, a row each. Arguments and
+    errors as in `stream_text`.
     """
-    end, texts = tokenizer.end_of_text, list(prompts)
+    end = tokenizer.end_of_text
     rows = [[end, *tokenizer.encode(prompt)] for prompt in prompts]
     settings |= {"n_vocab": tokenizer.n_vocab, "stop": [end]}
-    for length in {len(row) for row in rows}:
-        group = [i for i, row in enumerate(rows) if len(row) == length]
-        tokens = torch.tensor([rows[i] for i in group], device=model.device)
-        darts = [seeded(None if seed is None else seed + i) for i in group]
-        found = generate(model, tokens, max_new_tokens, generator=darts, **settings)
-        for i, row in zip(group, found[:, length:].tolist(), strict=True):
-            texts[i] += tokenizer.decode(row[: (row + [end]).index(end)])
-    return texts
+    settings["seeds"] = [None if seed is None else seed + i for i in range(len(rows))]
+    found = continue_rows(model, rows, max_new_tokens, **settings)
+    texts = (tokenizer.decode([i for i in ids if i != end]) for ids in found)
+    return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def sample_text(model: GPT, tokenizer: Tokenizer, *args, **options) -> str:

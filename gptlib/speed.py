@@ -96,7 +96,7 @@ def is_trusted(
             return True
         reason = f"wrong by up to {max(gaps):.1e}"
     except Exception as error:  # no compiler, no Triton: all slow, none wrong
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:80]
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:80]
     print(
         f"torch.compile is not used for {what}: {reason}; it runs uncompiled",
         file=sys.stderr,

@@ -272,6 +272,19 @@ def test_help_is_short_quick_and_without_torch():
         assert name in done.stdout
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["finetune", "--help"], ["sample", "--run", "run"]]
+)
+def test_nobody_reads_on_and_nothing_is_said(place, arguments):
+    """As in `gptlib --help | head -1`, but the reader has gone before the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = [sys.executable, "-m", "gptlib.workshop.command", *arguments]
+    done = subprocess.run(code, cwd=place, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_an_unknown_command_is_one_line(tmp_path):
     one_line(command(tmp_path, "trian"), "unknown command 'trian'", "pretrain, plan")
 

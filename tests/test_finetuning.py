@@ -50,7 +50,8 @@ from gptlib.training import (
     training_step,
     validation_loss,
 )
-from gptlib.workshop.runs import RunError, RunOptions, load_run, run_training
+from gptlib.workshop.run_folders import RunError, load_run
+from gptlib.workshop.runs import RunOptions, run_training
 from gptlib.workshop.tinywiki import TinyWiki
 from gptlib.workshop.watching import read_rows
 

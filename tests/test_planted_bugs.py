@@ -193,7 +193,7 @@ BUGS = [
     Bug("oldest checkpoint taken up", "workshop.checkpoints", "for step in reversed(steps)", "for step in steps", "checkpoints::a_damaged_checkpoint_gives_way_and_is_set_aside"),
     Bug("loss added over processes, not averaged", "workshop.distribution", "value / self.size", "value", "distribution::several_processes_average_and_vote"),
     Bug("validation loss of the training split", "workshop.runs", 'tokens.split(name).ids', 'tokens.split("train").ids', "runs::the_validation_loss_is_that_of_the_validation_split"),
-    Bug("worst checkpoint called the best", "workshop.runs", "loss < state.best", "not loss < state.best", "runs::the_best_or_the_last_is_loaded_without_the_optimiser"),
+    Bug("worst checkpoint called the best", "workshop.runs", "loss < state.best", "not loss < state.best", "run_folders::the_best_or_the_last_is_loaded_without_the_optimiser"),
     # fine-tuning
     Bug("loss on the prompt", "finetuning", '[message["role"] == "assistant"]', "[True]", "finetuning::the_answers_and_their_ends_are_learned_and_nothing_else"),
     Bug("no end of turn", "finetuning", '[*tokenizer.encode(" " + message["content"]), marks["end"]]', 'tokenizer.encode(" " + message["content"])', "finetuning::the_end_of_the_turn_is_learned"),

@@ -338,5 +338,5 @@ def test_importing_sampling_loads_neither_engine_nor_corpora():
     code = "import gptlib.sampling, sys; print([m for m in sys.modules if m.startswith('gptlib')]"
     code += " + [m for m in ('tyro', 'datasets', 'tqdm') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    for name in ("gptlib.training", "workshop.runs", "tyro", "datasets"):
+    for name in ("gptlib.training", "workshop.run", "tyro", "datasets"):
         assert name not in done.stdout, done.stdout

@@ -275,7 +275,7 @@ def test_towns_rivers_and_people_agree(wiki):
         assert wiki.facts(*town["native"])["town"] == ("town", index)
     for index, _ in wiki.entities("person"):
         friend = wiki.facts("person", index)["friend"]
-        assert friend.index != index and wiki.facts(*friend)["friend"] == (
+        assert friend.number != index and wiki.facts(*friend)["friend"] == (
             "person",
             index,
         )
@@ -384,7 +384,7 @@ for seed in range(3):
         person = t.Entity("person", k)
         facts = t.know(seed, person)[0]
         assert facts["home"] != facts["town"], (seed, k)
-        assert facts["home"].index in range({towns})
+        assert facts["home"].number in range({towns})
         for draws in range(2):
             walk = t.Walk(seed, person, t.Draws(seed, str((k, draws))))
             (article,) = t.articles_along(walk)

@@ -17,7 +17,8 @@ from gptlib.corpus import load_corpus
 from gptlib.evaluation import evaluate
 from gptlib.pretraining import pretrain
 from gptlib.training import PRESETS, TrainConfig
-from gptlib.workshop.runs import Run, RunOptions, branch_run
+from gptlib.workshop.run_folders import Run
+from gptlib.workshop.runs import RunOptions, branch_run
 from gptlib.workshop.token_files import load_tokens
 
 

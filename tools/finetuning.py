@@ -9,9 +9,7 @@ and the demo's training.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -31,12 +29,12 @@ from gptlib.finetuning import (
 )
 from gptlib.pretraining import pretrain
 from gptlib.training import PRESETS
-from gptlib.workshop.runs import Run, RunOptions, load_run
+from gptlib.workshop.run_folders import Run, load_run, run_folder
+from gptlib.workshop.runs import RunOptions
 from gptlib.workshop.token_files import load_tokens
 
 
 LEDGER = Path(__file__).parents[1] / "ledger" / "finetuning"
-RUNS = Path(os.environ.get("GPTLIB_RUNS", "runs"))
 PLAN = {name: (name, 200) for name in QUESTIONS if not name.endswith("-all")} | {
     "replay": ("tinywiki-questions+tinywiki", 400),
     "replay-all": ("tinywiki-questions-all+tinywiki", 400),
@@ -101,8 +99,8 @@ def measure(run: Run, name: str, sets: dict) -> None:
 
 def main() -> None:
     demo = PRESETS["demo"]
-    key = hashlib.sha256(repr(demo).encode()).hexdigest()[:8]
-    out, options = RUNS / f"demo-{key}", {"precision": "fp32", "progress": False}
+    out = run_folder("demo", demo)
+    options = {"precision": "fp32", "progress": False}
     base = pretrain(demo, RunOptions(out, **options))
     sets = test_sets()
     names = sys.argv[1:] or ["base", *PLAN]
@@ -113,9 +111,8 @@ def main() -> None:
         config = finetune_config(
             out, data, steps=steps, batch_size=20 if "+" in data else 16
         )
-        here = hashlib.sha256(repr(config).encode()).hexdigest()[:8]
         options["micro_batch_size"] = 4 if "+" in data else 16
-        run = finetune(config, RunOptions(RUNS / f"{name}-{here}", **options))
+        run = finetune(config, RunOptions(run_folder(name, config), **options))
         measure(run, name, sets)
         best = load_run(run.path, "best")  # by the loss on held-out conversations
         if best.step < run.step:

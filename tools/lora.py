@@ -10,9 +10,7 @@ again. Less than a minute for each rank and rate on two cores.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import os
 import time
 from pathlib import Path
 
@@ -31,12 +29,12 @@ from gptlib.finetuning import (
 from gptlib.gpt import GPT
 from gptlib.lora import Lora
 from gptlib.training import PRESETS, Precision, WithLoss, train
-from gptlib.workshop.runs import Run, all_weights, load_run
+from gptlib.workshop.run_folders import Run, load_run, run_folder
+from gptlib.workshop.runs import all_weights
 from gptlib.workshop.token_files import load_tokens
 
 
 LEDGER = Path(__file__).parents[1] / "ledger" / "lora"
-RUNS = Path(os.environ.get("GPTLIB_RUNS", "runs"))
 DATA = "tinywiki-questions-known"
 STEPS = SETTINGS["steps"] // 2  # of each fine-tuning; there are many
 PLAN = [  # rank, 0 for all weights; learning rate
@@ -104,9 +102,7 @@ def measure(model: GPT, base: Run) -> dict:
 
 
 def main() -> None:
-    demo = PRESETS["demo"]
-    key = hashlib.sha256(repr(demo).encode()).hexdigest()[:8]
-    base = load_run(RUNS / f"demo-{key}", "last")
+    base = load_run(run_folder("demo", PRESETS["demo"]), "last")
     if not read("base"):
         write("base", measure(base.model, base))
     for rank, rate in PLAN:

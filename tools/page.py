@@ -8,8 +8,6 @@ answers by which the page marks what the model says. About five minutes on two c
 
 from __future__ import annotations
 
-import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -31,16 +29,12 @@ from gptlib.lora import Lora
 from gptlib.page import Moment, add_answers, export_page_weights
 from gptlib.pretraining import pretrain
 from gptlib.training import PRESETS, fresh_model
-from gptlib.workshop.runs import RunOptions, load_run
+from gptlib.workshop.run_folders import load_run, run_folder
+from gptlib.workshop.runs import RunOptions
 
 
 OUT = Path(__file__).parents[1] / "book" / "page" / "weights.js"
 RANK = 16
-RUNS = Path(os.environ.get("GPTLIB_RUNS", "runs"))
-
-
-def key(config) -> str:
-    return hashlib.sha256(repr(config).encode()).hexdigest()[:8]
 
 
 def known() -> dict[str, str]:
@@ -53,9 +47,9 @@ def known() -> dict[str, str]:
 
 def main() -> None:
     demo, options = PRESETS["demo"], {"precision": "fp32", "progress": False}
-    base = RUNS / f"demo-{key(demo)}"
+    base = run_folder("demo", demo)
     pretrain(demo, RunOptions(base, **options))
-    early = RunOptions(RUNS / "page" / f"early-{key(demo)}", max_steps=60, **options)
+    early = RunOptions(run_folder("page/early", demo), max_steps=60, **options)
     if not early.out.exists():
         pretrain(demo, early)
     config = finetune_config(
@@ -66,7 +60,7 @@ def main() -> None:
         learning_rate=5e-3,
         eval_interval=100,
     )
-    answers = RUNS / f"answers-{key(config)}"
+    answers = run_folder("answers", config)
     place = RunOptions(answers, micro_batch_size=4, **options)
     finetune(config, place, make_state=Lora(RANK))
     before, after = load_run(base, "last"), load_run(answers, "last")

@@ -8,7 +8,6 @@ backwards, tinywiki, length, first_word) it makes these alone.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -43,18 +42,14 @@ from gptlib.rewards import (
     token_log_probs,
 )
 from gptlib.training import PRESETS
-from gptlib.workshop.runs import Run, RunOptions
+from gptlib.workshop.run_folders import Run, run_folder
+from gptlib.workshop.runs import RunOptions
 from gptlib.workshop.watching import read_rows
 
 
 LEDGER = Path(__file__).parents[1] / "ledger" / "rewards"
 RUNS = Path(os.environ.get("GPTLIB_RUNS", "runs"))
 HOW = {"precision": "fp32", "progress": False, "micro_batch_size": 16, "device": "cpu"}
-
-
-def folder(name: str, config) -> Path:
-    key = hashlib.sha256(repr(config).encode()).hexdigest()[:8]
-    return RUNS / f"{name}-{key}"
 
 
 def write(name: str, record: dict) -> None:
@@ -66,7 +61,7 @@ def write(name: str, record: dict) -> None:
 def demo() -> Run:
     config = PRESETS["demo"]
     options = {"precision": "fp32", "progress": False}
-    return pretrain(config, RunOptions(folder("demo", config), **options))
+    return pretrain(config, RunOptions(run_folder("demo", config), **options))
 
 
 def some_of(prompts: list[Prompt], n: int) -> list[Prompt]:
@@ -93,7 +88,7 @@ def start_of(task: str, steps: int) -> Run:
             {"learning_rate": 2e-3},
         )
     config = finetune_config(demo().path, data, steps=steps, **changes)
-    return finetune(config, RunOptions(folder(f"start-{task}", config), **HOW))
+    return finetune(config, RunOptions(run_folder(f"start-{task}", config), **HOW))
 
 
 def starts() -> None:
@@ -169,7 +164,7 @@ def tinywiki_sets() -> dict[str, list[Prompt]]:
 
 def rewarded(name: str, base: Run, settings: RewardSettings, **changes) -> Run:
     config = reward_config(base.path, settings, **changes)
-    run = reward(config, RunOptions(folder(name, config), **HOW))
+    run = reward(config, RunOptions(run_folder(name, config), **HOW))
     return run if run.step == config.steps else sys.exit("stopped; the same goes on")
 
 
@@ -225,7 +220,9 @@ def rejection(
         config = finetune_config(
             run.path, data, steps=steps, learning_rate=rate, eval_interval=steps
         )
-        run = finetune(config, RunOptions(folder(f"{name}-{round_}", config), **HOW))
+        run = finetune(
+            config, RunOptions(run_folder(f"{name}-{round_}", config), **HOW)
+        )
         if run.step < steps:
             sys.exit("stopped; the same command goes on")
         spent += tokens + 3 * steps * 16 * tokens // (8 * n)
@@ -310,7 +307,10 @@ def hack(task: str, score: Callable[[Prompt, str], float], steps: int) -> None:
     settings = RewardSettings(task, kl=0.0)
     changes = {"batch_size": 16, "learning_rate": 3e-4, "eval_interval": steps}
     config = reward_config(base.path, settings, steps=steps, **changes)
-    options, run = RunOptions(folder(task, config), max_steps=steps // 5, **HOW), base
+    options, run = (
+        RunOptions(run_folder(task, config), max_steps=steps // 5, **HOW),
+        base,
+    )
     for step in range(0, steps + 1, steps // 5):
         run = reward(config, options) if step else base
         texts = [text for _, text in stated(run, prompts)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class SampleOptions:
 
 def sample(options: SampleOptions) -> None:
     """Print continuations as they are drawn, the i-th by seed + i."""
-    from gptlib.workshop.runs import load_run
+    from gptlib.workshop.run_folders import load_run
 
     run = load_run(options.run, options.which, device=options.device)
     names = ("max_new_tokens", "temperature", "top_k", "top_p")
@@ -145,8 +146,8 @@ def overview() -> str:
     return "\n".join([head, *lines, "\n`gptlib COMMAND --help` shows its options."])
 
 
-def main() -> None:
-    """`gptlib COMMAND [OPTIONS]`: hand the rest of the line to the command's module."""
+def run_command() -> None:
+    """Hand the rest of the command line to the module of the command."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         return print(overview())
@@ -173,6 +174,18 @@ def main() -> None:
 
     with errors_in_one_line():
         sample(tyro.cli(SampleOptions))
+
+
+def main() -> None:
+    """`gptlib COMMAND [OPTIONS]`; it ends without a word when nobody reads on."""
+    try:
+        try:
+            run_command()
+        finally:
+            sys.stdout.flush()  # here, where the error can be caught
+    except BrokenPipeError:  # `gptlib sample ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
+        """One step of every parameter that has a gradient; it calls no closure."""
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 if not self.state[p]:

@@ -25,7 +25,7 @@ from gptlib.gpt import GPT
 from gptlib.sampling import generate
 from gptlib.tokenizer import Tokenizer
 from gptlib.workshop.files import write_whole
-from gptlib.workshop.runs import load_run
+from gptlib.workshop.run_folders import load_run
 from gptlib.workshop.tinywiki import Entity, TinyWiki, pool, spell, world
 from gptlib.workshop.watching import errors_in_one_line
 
@@ -49,7 +49,7 @@ def name_probes(wiki: TinyWiki) -> Iterator[Probe]:
     people = dict(wiki.entities("person"))
     for index, name in people.items():
         facts = wiki.facts("person", index)
-        friend = people[facts["friend"].index]
+        friend = people[facts["friend"].number]
         others = tuple(other for other in people.values() if other != name)
         told = (
             f" {name} was friends with {friend} . In 1947 {facts['she']} went to visit"

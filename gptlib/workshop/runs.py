@@ -14,18 +14,16 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from gptlib import GptlibError
 from gptlib.batches import Batches
 from gptlib.corpus import load_corpus
 from gptlib.gpt import GPT
-from gptlib.sampling import sample_texts, stream_text
 from gptlib.tokenizer import Tokenizer, load_tokenizer
 from gptlib.training import (
     PRESETS,
@@ -44,6 +42,16 @@ from gptlib.workshop import devices
 from gptlib.workshop.checkpoints import Checkpoints, weights_hash
 from gptlib.workshop.distribution import Processes, process_device, processes
 from gptlib.workshop.files import cache_dir, lock, remove_leftovers, write_whole
+from gptlib.workshop.run_folders import (
+    Run,
+    RunError,
+    check_folder,
+    check_record,
+    load_init,
+    load_run,
+    own_tokenizer,
+    read_record,
+)
 from gptlib.workshop.token_files import load_tokens
 from gptlib.workshop.watching import (
     LOGGERS,
@@ -53,10 +61,6 @@ from gptlib.workshop.watching import (
     cut_rows,
     say,
 )
-
-
-class RunError(GptlibError):
-    """A run that cannot be started, resumed or read."""
 
 
 @dataclass(frozen=True)
@@ -87,165 +91,6 @@ class RunOptions:
                 raise RunError(f"unknown {name} {value!r}; there are {there}")
 
 
-def read_record(run: Path) -> dict | None:
-    """What `run.json` says, or None if there is none."""
-    path = Path(run) / "run.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return record | {"config": TrainConfig.from_dict(record["config"])}
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: damaged or unreadable ({error}); restore it") from None
-
-
-def own_tokenizer(run: Path, record: dict) -> Tokenizer:
-    """The tokenizer in a run's folder. Raises RunError if it is not the run's own."""
-    tokenizer = Tokenizer.load(run / "tokenizer.json")
-    if tokenizer.hash != record["tokenizer_hash"]:
-        raise RunError(
-            f"{run}: tokenizer.json is not the tokenizer that the run was trained "
-            "with; restore it"
-        )
-    return tokenizer
-
-
-def decisive(config: TrainConfig) -> dict:
-    """The settings that decide what a run learns, by name, the schedule in steps."""
-    values = dataclasses.asdict(config)
-    values |= {f"model.{key}": value for key, value in values.pop("model").items()}
-    for name in ("eval_interval", "eval_sequences"):  # what is looked at, not learned
-        del values[name]
-    for name in ("warmup", "decay", "cooldown"):
-        del values[f"{name}_fraction"]
-    return values | config.spans()
-
-
-def all_weights(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
-    """What a run trains if nothing else is said: every weight of its model."""
-    return TrainState(model, optimizer_of(model, config), precision)
-
-
-def check_folder(
-    out: Path, config: TrainConfig, trains: str = "all_weights"
-) -> dict | None:
-    """The record of the run in a folder; None if a new one can begin there.
-
-    Raises RunError if the folder holds a run of other settings, or something else. It
-    reads nothing but `run.json` and writes nothing.
-    """
-    record = read_record(out)
-    if record is None:
-        first = ("lock", "tokenizer.json", "run.json.tmp-")  # all that a kill can leave
-        if out.exists() and not (
-            out.is_dir() and all(p.name.startswith(first) for p in out.iterdir())
-        ):
-            raise RunError(f"{out} is not empty and holds no run; choose another --out")
-        return None
-    before, now = decisive(record["config"]), decisive(config)
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise RunError(
-                f"{out} holds a run with {key} = {before.get(key)}, not "
-                f"{now.get(key)}; choose another --out or delete it"
-            )
-    if (was := record.get("trains", "all_weights")) != trains:
-        raise RunError(
-            f"{out} holds a run that trains {was}, not {trains}; choose another --out "
-            "or delete it"
-        )
-    return record
-
-
-def check_record(old: dict, new: dict, out: Path) -> None:
-    """Raises RunError if the data differ; says so if only machine or code do."""
-    splits = old["data"].keys() | new["data"].keys()
-    changed = [s for s in sorted(splits) if old["data"].get(s) != new["data"].get(s)]
-    if changed:
-        raise RunError(
-            f"{out} was trained on another text under the name "
-            f"{new['config']['corpus']!r} (split {', '.join(changed)} differs); "
-            "restore it, or choose another --out"
-        )
-    was, now = old["machine"], new["machine"]
-    differences = [f"{k} {was.get(k)} -> {now[k]}" for k in now if was.get(k) != now[k]]
-    codes = [(r.get("code") or {}).get("files", "unknown") for r in (old, new)]
-    if codes[0] != codes[1]:
-        differences.append(f"gptlib's code {codes[0]} -> {codes[1]}")
-    if differences:
-        say(
-            f"resuming on a changed machine ({'; '.join(differences)}): "
-            "not bit for bit the same run"
-        )
-
-
-@dataclass(frozen=True)
-class Run:
-    """A trained model with all that is needed to use it."""
-
-    path: Path
-    model: GPT
-    tokenizer: Tokenizer
-    config: TrainConfig
-    step: int
-
-    def sample(self, prompt: str | Sequence[str] = "", *args, **options):
-        """The prompt with its continuation; for a list of prompts a list of texts.
-
-        Arguments as in `gptlib.sampling.stream_text`: max_new_tokens, temperature,
-        top_k, top_p, seed.
-        """
-        if isinstance(prompt, str):
-            return "".join(self.stream(prompt, *args, **options))
-        return sample_texts(self.model, self.tokenizer, prompt, *args, **options)
-
-    def stream(self, prompt: str = "", *args, **options) -> Iterator[str]:
-        """Yield the same text piece by piece, as it is drawn."""
-        return stream_text(self.model, self.tokenizer, prompt, *args, **options)
-
-
-def load_run(path: Path | str, which: str = "best", *, device: str = "cpu") -> Run:
-    """The model of a run: its `best` checkpoint by validation loss, or its `last`.
-
-    A damaged checkpoint is reported and the newest whole one taken. The optimiser's
-    state is not read. Raises RunError, CheckpointError.
-    """
-    path, record = Path(path), read_record(path)
-    if which not in ("best", "last"):
-        raise RunError(f"which is {which!r}; it must be best or last")
-    if record is None:
-        raise RunError(f"{path}: no run.json there; give the --out folder of a run")
-    tokenizer = own_tokenizer(path, record)
-    checkpoints, found = Checkpoints(path / "checkpoints", say=say), None
-    if which == "best":
-        found = checkpoints.load_best(model_only=True)
-    found = found or checkpoints.load_newest(model_only=True)
-    if found is None:
-        raise RunError(f"{path}: no checkpoint yet; let the run reach its first one")
-    model = GPT(record["config"].model)
-    model.load_state_dict(found[1]["model"])
-    model = model.to(devices.pick_device(device)).eval()
-    return Run(path, model, tokenizer, record["config"], found[0])
-
-
-def load_init(model: GPT, source: Run, tokenizer: Tokenizer) -> None:
-    """Copy the weights of a run into a model. Raises RunError if they do not fit."""
-    there, here = source.model.config, model.config
-    for field in dataclasses.fields(here):
-        was, now = getattr(there, field.name), getattr(here, field.name)
-        if was != now and field.name != "dropout":
-            raise RunError(
-                f"--init {source.path}: its model has {field.name} = {was}, this one "
-                f"{now}; set --model.{field.name.replace('_', '-')} {was}"
-            )
-    if source.tokenizer.hash != tokenizer.hash:
-        raise RunError(
-            f"--init {source.path}: its tokenizer is another one; use "
-            f"--tokenizer {source.path / 'tokenizer.json'}"
-        )
-    model.load_state_dict(source.model.state_dict())
-
-
 @dataclass(frozen=True)
 class Data:
     """What a run reads, with the hash of each split."""
@@ -258,7 +103,10 @@ class Data:
 
 
 def open_corpus(config: TrainConfig, own: Tokenizer | None, progress: bool) -> Data:
-    """The windows of a corpus. own: the tokenizer of a run that has begun."""
+    """The windows of a corpus. own: the tokenizer of a run that has begun.
+
+    Raises RunError if the model has too few ids, and what reading a corpus raises.
+    """
     corpus = load_corpus(config.corpus)
     tokenizer = own or load_tokenizer(config.tokenizer, corpus)
     if tokenizer.n_vocab > config.model.vocab_size:
@@ -280,8 +128,17 @@ def open_corpus(config: TrainConfig, own: Tokenizer | None, progress: bool) -> D
     return Data(tokenizer, train_batches, eval_batches, hashes, held_out)
 
 
+def all_weights(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
+    """What a run trains if nothing else is said: every weight of its model."""
+    return TrainState(model, optimizer_of(model, config), precision)
+
+
 class Leg:
-    """One stretch of a run, from where it stands to its end, a limit or a signal."""
+    """One stretch of a run, from where it stands to its end, a limit or a signal.
+
+    Arguments as in `run_training`; world: the processes that train together. Raises
+    RunError and what reading, saving and picking a device raise.
+    """
 
     def __init__(
         self,
@@ -377,6 +234,7 @@ class Leg:
                 cut_rows(self.out / name, step)
 
     def open_journal(self) -> Journal:
+        """The journal of this leg, with the seconds of a step at the device's peak."""
         state, options, config = self.state, self.options, self.config
         peak = devices.peak_flops(self.world.device, state.precision.name)
         flops = state.model.flops_per_token() * config.tokens_per_step
@@ -391,6 +249,7 @@ class Leg:
         )
 
     def say(self, text: str) -> None:
+        """A line to the terminal, from the first process alone."""
         if self.world.is_main:
             say(text)
 
@@ -435,6 +294,7 @@ class Leg:
         return stop
 
     def evaluate(self) -> None:
+        """Write the validation loss. Raises RunError if it is not finite."""
         if self.journal:
             state = self.state
             how = (self.eval_batches, state.precision, self.micro_batch_size)
@@ -450,6 +310,7 @@ class Leg:
         self.clock.restart_step()
 
     def save(self) -> None:
+        """Write a checkpoint, once the rows up to it are on the disk."""
         if self.journal:
             began, step = time.perf_counter(), self.state.step
             self.journal.sync()  # rows reach the disk before the checkpoint does

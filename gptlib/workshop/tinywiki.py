@@ -86,14 +86,14 @@ def world() -> dict[str, Kind]:
 
 
 class Entity(NamedTuple):
-    """Something an article can be about; the first indices of a kind are the famous."""
+    """Something an article can be about; the first numbers of a kind are the famous."""
 
     kind: str
-    index: int  # type: ignore[assignment]  # hides tuple.index, not called here
+    number: int  # from 0, within its kind
 
     @property
     def famous(self) -> bool:
-        return self.index < FAMOUS[self.kind]
+        return self.number < FAMOUS[self.kind]
 
 
 @cache
@@ -166,7 +166,7 @@ def agree_on_places(seed: int, entity: Entity, facts: dict, sizes: dict) -> None
 
 def agree_on_people(seed: int, entity: Entity, facts: dict, sizes: dict) -> None:
     """Facts that people share: friends are each other's, a town has one native."""
-    index, n = entity.index, FAMOUS["person"]
+    index, n = entity.number, FAMOUS["person"]
     friends, births = (arrangement(seed, key, n) for key in ("friends", "births"))
     jobs = list(world()["person"].facts["job"].values)
     first_names = world()["person"].parts[0]
@@ -191,12 +191,12 @@ def agree_on_people(seed: int, entity: Entity, facts: dict, sizes: dict) -> None
 def know(seed: int, entity: Entity) -> tuple[dict[str, Any], dict[str, int]]:
     """Facts of an entity, and how many values each could have had."""
     declared = world()[entity.kind].facts
-    facts: dict[str, Any] = {"name": titles(seed, entity.kind)[entity.index]}
+    facts: dict[str, Any] = {"name": titles(seed, entity.kind)[entity.number]}
     sizes: dict[str, int] = {}
     for name, fact in declared.items():
         if not fact.how and not fact.whole:
             values = pool(fact.values, entity)
-            draws = Draws(seed, f"fact/{entity.kind}/{entity.index}/{name}")
+            draws = Draws(seed, f"fact/{entity.kind}/{entity.number}/{name}")
             facts[name], sizes[name] = values[draws.below(len(values))], len(values)
     if entity.kind in ("town", "river", "team"):
         agree_on_places(seed, entity, facts, sizes)
