@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,8 +98,8 @@ class TrainConfig:
                 raise TrainingError(
                     f"{name} is {value}; it must be {kind} from {low} to {high:g}"
                 )
-        choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "crops": CROPS}
-        for name, known in choices.items():
+        choices = ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("crops", CROPS)
+        for name, known in choices:
             if (value := getattr(self, name)) not in known:
                 there = ", ".join(known)
                 raise TrainingError(f"unknown {name} {value!r}; there are {there}")
@@ -216,7 +217,7 @@ class TrainState:
     PARTS = ("model", "optimizer", "scaler")
 
     def __post_init__(self):
-        self.scaler = self.precision.scaler()
+        self.scaler: Any = self.precision.scaler()  # of whatever has param_groups
 
     def state_dict(self) -> dict:
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}

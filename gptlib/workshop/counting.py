@@ -1,6 +1,6 @@
 """Counting perplexity in eleven ways.
 
-Tangled from book/workshop/W16_counting.md; change it there, not here.
+Tangled from book/workshop/W19_counting.md; change it there, not here.
 """
 
 from __future__ import annotations

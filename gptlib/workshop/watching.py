@@ -299,8 +299,13 @@ class Journal:
         self.metrics = RowWriter(run / "metrics.jsonl")
         self.timings = RowWriter(run / "timings.jsonl")
         self.logger = make_logger(log, run, dataclasses.asdict(config), step)
-        options = {"disable": not progress, "file": Terminal(), "unit": "step"}
-        self.bar = tqdm(total=config.steps, initial=step, **options)
+        self.bar = tqdm(
+            total=config.steps,
+            initial=step,
+            disable=not progress,
+            file=Terminal(),
+            unit="step",
+        )
 
     def step(self, row: dict, seconds: float, peak_bytes: int) -> None:
         rate = self.tokens / seconds
