@@ -21,6 +21,18 @@ class SamplingError(GptlibError):
     """Settings that describe no distribution, or tokens that the model cannot read."""
 
 
+def check_settings(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises SamplingError for a setting that `next_token_probs` cannot use."""
+    if not 0 <= temperature < math.inf:
+        raise SamplingError(
+            f"temperature is {temperature}; choose 0 (greedy) or a positive number"
+        )
+    if top_k is not None and top_k < 1:
+        raise SamplingError(f"top_k is {top_k}; choose at least 1, or leave it out")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise SamplingError(f"top_p is {top_p}; choose in (0, 1], or leave it out")
+
+
 def next_token_probs(
     logits: Tensor,
     *,
@@ -37,17 +49,10 @@ def next_token_probs(
     for a setting out of range. Sources: Fan et al. 2018 (top-k), Holtzman et al. 2020
     (top-p).
     """
-    if not 0 <= temperature < math.inf:
-        raise SamplingError(
-            f"temperature is {temperature}; choose 0 (greedy) or a positive number"
-        )
-    if top_k is not None and top_k < 1:
-        raise SamplingError(f"top_k is {top_k}; choose at least 1, or leave it out")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise SamplingError(f"top_p is {top_p}; choose in (0, 1], or leave it out")
-    logits = logits.float()
+    check_settings(temperature, top_k, top_p)
+    logits, size = logits.float(), logits.shape[-1]
     if n_vocab is not None:
-        padding = torch.arange(logits.shape[-1], device=logits.device) >= n_vocab
+        padding = torch.arange(size, device=logits.device) >= n_vocab
         logits = logits.masked_fill(padding, -math.inf)
     if temperature == 0:
         top_k, temperature = 1, 1.0
@@ -55,9 +60,8 @@ def next_token_probs(
     logits = (logits - best) / temperature  # the largest is 0, so none overflows
     if top_k is None and top_p is None:
         return logits.softmax(-1)
-    size = logits.shape[-1]
-    best, ids = logits.topk(min(top_k or size, size), dim=-1)  # sorted: (B, k)
-    kept = best.softmax(-1)
+    ordered, ids = logits.topk(min(top_k or size, size), dim=-1)  # sorted: (B, k)
+    kept = ordered.softmax(-1)
     if top_p is not None:
         before = kept.cumsum(-1) - kept  # probability of the tokens that rank above
         kept = kept.masked_fill(before >= top_p, 0.0)
@@ -135,7 +139,7 @@ def window_start(length: int, block_size: int) -> int:
     thrown away once in block_size / 2 tokens instead of for each one.
     """
     jump = max(1, block_size // 2)
-    return -(-max(0, length - block_size) // jump) * jump
+    return math.ceil(max(0, length - block_size) / jump) * jump
 
 
 @torch.no_grad()

@@ -159,24 +159,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        rows: int,
-        softmax: str | None,
-    ) -> Tensor:
+    def forward(ctx, hidden, weight, targets, rows: int, softmax: str | None) -> Tensor:
         kind, N, dtype = hidden.device.type, len(targets), hidden.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
             narrow, w = hidden.to(dtype), weight.to(dtype)  # (N, C), (V, C)
             loss = hidden.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
-            grad_hidden, grad_weight = (
-                torch.empty_like(hidden),
-                torch.zeros_like(weight),
-            )
+            grad_hidden = torch.empty_like(hidden)
+            grad_weight = torch.zeros_like(weight)
             buffer = narrow.new_empty(min(rows, N), len(weight))  # one for all chunks
             in_place = pick_softmax(softmax, buffer)
             for start in range(0, N, rows):
