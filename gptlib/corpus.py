@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -21,12 +22,29 @@ from gptlib import GptlibError
 from gptlib.workshop.files import cache_dir
 
 
+TITLE = re.compile(r" = [^=].* = \n")
+
+
+def articles_of_rows(rows: Iterable[str]) -> Iterator[list[str]]:
+    """The articles in WikiText's rows, each as the list of its rows."""
+    article: list[str] = []
+    after_blank = True
+    for row in rows:
+        if after_blank and TITLE.fullmatch(row) and "".join(article).strip():
+            yield article
+            article = []
+        article.append(row)
+        after_blank = not row.strip()
+    if article:
+        yield article
+
+
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text. Of the pieces of a long document only the first has `starts`.
+    """A document, or a part of one that is too large to be read at once.
 
-    lines: how many lines of the source it holds. WikiText counts a blank line too,
-    though the `datasets` library hands it over as an empty row.
+    starts: whether a document begins here. lines: how many lines of the source it
+    holds; a blank line of WikiText counts, although its row is empty.
     """
 
     text: str
@@ -34,32 +52,25 @@ class Piece:
     lines: int = 0
 
 
-TITLE = re.compile(r" = [^=\s](?:.*[^=\s])? = \n")
-
-
 def documents_of_rows(rows: Iterable[str]) -> Iterator[Piece]:
     """The documents in the rows of a split.
 
-    Rows in WikiText's manner are one line each, and a row ` = Title = ` after a blank
-    one begins an article: such rows are joined. If the first row with text is no title,
-    each row is a document.
+    If the first row with text is a title, the rows are WikiText's, and those of an
+    article are joined. If not, each row is a document.
     """
-    article: list[str] = []
-    blank, wikitext = True, None
+    rows = iter(rows)
+    first: list[str] = []  # the rows up to the first with text
     for row in rows:
-        if wikitext is None and row.strip():
-            wikitext = bool(TITLE.fullmatch(row))
-        if wikitext is False:
-            yield Piece("".join([*article, row]), lines=row.count("\n"))
-            article = []
-            continue
-        if blank and TITLE.fullmatch(row) and any(line.strip() for line in article):
+        first.append(row)
+        if row.strip():
+            break
+    if first and TITLE.fullmatch(first[-1]):
+        for article in articles_of_rows(chain(first, rows)):
             yield Piece("".join(article), lines=len(article))
-            article = []
-        article.append(row)
-        blank = not row.strip()
-    if article:
-        yield Piece("".join(article), lines=len(article))
+    elif first:
+        yield Piece("".join(first), lines=first[-1].count("\n"))
+        for row in rows:
+            yield Piece(row, lines=row.count("\n"))
 
 
 class CorpusError(GptlibError):
