@@ -19,7 +19,6 @@ from statistics import fmean
 from gptlib.corpus import load_corpus
 from gptlib.evaluation import evaluate
 from gptlib.finetuning import (
-    QUESTIONS,
     SETTINGS,
     answers,
     finetune,
@@ -27,10 +26,10 @@ from gptlib.finetuning import (
     forget,
     recalls,
     stream_reply,
-    test_sets,
 )
 from gptlib.pretraining import pretrain
 from gptlib.training import PRESETS
+from gptlib.workshop.questions import QUESTIONS, test_sets
 from gptlib.workshop.runs import Run, RunOptions, load_run
 from gptlib.workshop.token_files import load_tokens
 
