@@ -112,7 +112,8 @@ def measure(run: Run, name: str, sets: dict) -> None:
 
 SMALL = """pretrain --preset demo --corpus books --tokenizer bpe-4096 --crops random
 --model.n-layer 4 --model.n-embd 192 --model.block-size 256 --model.vocab-size 4096
---steps 800 --precision fp32 --no-progress --device cpu --out RUNS/books-small"""
+--steps 800 --max-steps 240 --precision fp32 --no-progress --device cpu
+--out RUNS/books-small"""
 TUNE = """finetune --run RUNS/books-small --data RUNS/instructions.jsonl
 --precision fp32 --no-progress --device cpu --out RUNS/instructed"""
 
@@ -124,12 +125,12 @@ def instruction_chat(one: dict[str, str]) -> list[dict[str, str]]:
 
 
 @torch.no_grad()
-def answer_loss(run: Run, chats: list) -> tuple[float, int]:
-    """Mean nats per token of the answers that fit the block, and their tokens."""
+def answer_loss(run: Run, chats: list) -> float:
+    """Mean nats per token of the answers that fit the block."""
     rows, _, _ = fit_chats(run.tokenizer, chats, run.model.config.block_size)
     total = sum(sum(learned) for _, learned in rows)
     parts = (weighted_loss(run.model, *chat_batch([row], 1.0)) for row in rows)
-    return sum(part.item() for part in parts) / total, total
+    return sum(part.item() for part in parts) / total
 
 
 def leg(run: Run) -> dict:
@@ -141,7 +142,11 @@ def leg(run: Run) -> dict:
     rows = read_rows(run.path / "metrics.jsonl")
     losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
     parameters = run.model.n_parameters(include_positions=True)
-    return kept | {"parameters": parameters, "validation_loss": losses[-1]}
+    return kept | {
+        "step": run.step,
+        "parameters": parameters,
+        "validation_loss": losses[-1],
+    }
 
 
 def instructions(path: Path) -> None:
@@ -151,12 +156,13 @@ def instructions(path: Path) -> None:
     lines = [json.dumps({"messages": instruction_chat(one)}) for one in triples]
     data.write_text("\n".join(lines) + "\n", encoding="utf-8")
     for words in (SMALL, TUNE):
+        if Path(words.split()[-1].replace("RUNS", str(RUNS)), "run.json").exists():
+            continue  # taken as it stands
         command = words.replace("RUNS", str(RUNS)).split()
         shell = [sys.executable, "-m", "gptlib.workshop.command", *command]
         subprocess.run(shell, check=True)
-    base, tuned = (
-        load_run(RUNS / name, "last") for name in ("books-small", "instructed")
-    )
+    base = load_run(RUNS / "books-small")  # the best, which the fine-tuning began with
+    tuned = load_run(RUNS / "instructed", "last")
     splits = load_chats(str(data))
     asked = [chat[:1] for chat in splits["validation"][::9][:6]]
     texts = [chat[0]["content"] for chat in asked]
@@ -169,15 +175,9 @@ def instructions(path: Path) -> None:
         "base": leg(base),
         "tuned": leg(tuned),
         "answer_loss": {
-            name: dict(
-                zip(
-                    ("before", "after"),
-                    (answer_loss(run, chats)[0] for run in (base, tuned)),
-                )
-            )
+            name: [answer_loss(run, chats) for run in (base, tuned)]
             for name, chats in splits.items()
         },
-        "answer_tokens": answer_loss(base, splits["validation"])[1],
         "samples": [list(four) for four in zip(texts, before, after, wanted)],
     }
     text = json.dumps(record, indent=1, ensure_ascii=False).replace(str(RUNS), "runs")
