@@ -9,12 +9,9 @@ import codecs
 import dataclasses
 import hashlib
 import json
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,20 +28,29 @@ from gptlib.corpus import load_corpus
 from gptlib.gpt import GPT
 from gptlib.sampling import continue_rows, seeded, stream
 from gptlib.tokenizer import Tokenizer
-from gptlib.training import TrainConfig
-from gptlib.workshop.probes import Probe, most_probable
-from gptlib.workshop.run_folders import Run, load_run, read_record
-from gptlib.workshop.runs import Data, RunOptions, run_training
-from gptlib.workshop.tinywiki import (
-    FAMOUS,
-    Entity,
-    TinyWiki,
-    pool,
-    spell,
-    titles,
-    world,
+from gptlib.training import PRESETS, TrainConfig
+from gptlib.workshop.files import cache_dir
+from gptlib.workshop.questions import QUESTIONS, Question, tinywiki_chats
+from gptlib.workshop.runs import (
+    Data,
+    Run,
+    RunOptions,
+    load_run,
+    read_record,
+    run_training,
+    small_run,
 )
 from gptlib.workshop.watching import errors_in_one_line, say
+
+
+def demo_run() -> Run:
+    """The demo of chapter 14 if it is trained; else the same with half the steps."""
+    key = hashlib.sha256(repr(PRESETS["demo"]).encode()).hexdigest()[:8]
+    try:
+        run = load_run(cache_dir().parent / f"demo-{key}", "last")
+    except GptlibError:
+        return small_run()
+    return run if run.step == PRESETS["demo"].steps else small_run()
 
 
 class FinetuneError(GptlibError):
@@ -141,194 +147,6 @@ class ChatBatches:
         for start in range(first, self.batch_size, stride):
             group = rows[start : start + micro_batch_size]
             yield chat_batch(group, self.batch_size / (len(group) * total))
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A fact that can be asked for: how to answer, and how to ask."""
-
-    kind: str
-    fact: str
-    answer: str  # ends in the fact
-    wordings: tuple[str, ...]
-
-
-@cache
-def read_asks() -> tuple[Ask, ...]:
-    """What `world/questions.txt` lists; each fact's wordings begin one place later.
-
-    So the wordings that are held out, the last ones, are of all sorts.
-    """
-    path = resources.files("gptlib.workshop") / "world" / "questions.txt"
-    asks: list[Ask] = []
-    for block in path.read_text("utf-8").split("\n== ")[1:]:
-        head, *wordings = block.strip().splitlines()
-        names, _, answer = head.partition(" | ")
-        kind, fact = names.split()
-        first = len(asks) % len(wordings)
-        wordings = wordings[first:] + wordings[:first]
-        asks.append(Ask(kind, fact, answer, tuple(wordings)))
-    return tuple(asks)
-
-
-UNKNOWN = "I do not know ."
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about an entity of TinyWiki, and its true answer."""
-
-    subject: Entity
-    text: str
-    opening: str  # of the answer, up to the fact
-    fact: str  # in words
-    candidates: tuple[str, ...]  # what the fact could have been
-    title: str
-
-    @property
-    def answer(self) -> str:
-        return f"{self.opening} {self.fact} ."
-
-    def chat(self, reply: str | None = None) -> list[Message]:
-        """The question and a reply, the true answer if none is given."""
-        turns = [("user", self.text), ("assistant", reply or self.answer)]
-        return [{"role": role, "content": content} for role, content in turns]
-
-    def grade(self, reply: str) -> str:
-        """right, wrong or declined; right is the true answer and nothing else."""
-        return {self.answer: "right", UNKNOWN: "declined"}.get(reply, "wrong")
-
-
-def questions(
-    entities: Sequence[Entity],
-    wordings: Callable[[int], Sequence[int]],
-    seed: int = 0,
-) -> list[Question]:
-    """Questions about entities; wordings(i): the numbers of those for the i-th fact."""
-    wiki, found, i = TinyWiki(seed), [], 0
-    for entity in entities:
-        facts = wiki.facts(*entity)
-        words = {key: spell(seed, value) for key, value in facts.items()}
-        for ask in (ask for ask in read_asks() if ask.kind == entity.kind):
-            values = pool(world()[entity.kind].facts[ask.fact].values, entity)
-            candidates = tuple(spell(seed, value) for value in values)
-            opening = ask.answer.removesuffix(f" {{{ask.fact}}} .").format(**words)
-            rest = opening, words[ask.fact], candidates, words["name"]
-            for k in wordings(i):
-                text = ask.wordings[k].format(**words)
-                found.append(Question(entity, text, *rest))
-            i += 1
-    return found
-
-
-OLD, NEW = (0, 1, 2, 3), (4, 5)  # wordings that are trained, and that are held out
-
-
-def held_out(entity: Entity) -> bool:
-    """Whether an entity is kept for testing: one in three."""
-    return entity.number % 3 == 2
-
-
-def famous_entities() -> list[Entity]:
-    """What the encyclopedia writes about."""
-    return [Entity(kind, i) for kind, n in FAMOUS.items() for i in range(n)]
-
-
-@cache
-def told_titles() -> frozenset[str]:
-    """Titles of the articles in TinyWiki's training text."""
-    pieces = load_corpus("tinywiki").pieces("train")
-    found = (re.findall(r"(?m)^ = (?!= )(.+) = $", piece.text) for piece in pieces)
-    return frozenset(title for some in found for title in some)
-
-
-def unknown_entities(seed: int = 0, times: int = 4) -> list[Entity]:
-    """Entities that have names and facts, and no article in the training text.
-
-    `times` as many of each kind as there are famous ones.
-    """
-    found = []
-    for kind, n in FAMOUS.items():
-        names = list(enumerate(titles(seed, kind)))[n:]
-        new = [Entity(kind, i) for i, name in names if name not in told_titles()]
-        found += new[: times * n]
-    return found
-
-
-def rare_entities(seed: int = 0) -> list[Entity]:
-    """Entities that have an article in the training text and are not famous."""
-    found = []
-    for kind, n in FAMOUS.items():
-        names = list(enumerate(titles(seed, kind)))[n:]
-        found += [Entity(kind, i) for i, name in names if name in told_titles()]
-    return found
-
-
-def all_of(wordings: Sequence[int]) -> Callable[[int], Sequence[int]]:
-    """For `questions`: each fact in all of these wordings."""
-    return lambda i: wordings
-
-
-def in_turn(wordings: Sequence[int]) -> Callable[[int], Sequence[int]]:
-    """For `questions`: each fact in one of these wordings, the next for the next."""
-    return lambda i: [wordings[i % len(wordings)]]
-
-
-def test_sets(seed: int = 0) -> dict[str, list[Question]]:
-    """Questions to test with, each fact once; only those of the first were trained."""
-    famous, unknown = famous_entities(), unknown_entities(seed)
-    trained = [e for e in famous if not held_out(e)]
-    kept = [e for e in famous if held_out(e)]
-    strange = [e for e in unknown if held_out(e)][::2]
-    plans = {
-        "trained": (trained, OLD),
-        "new wording": (trained, NEW),
-        "new entity": (kept, OLD),
-        "both new": (kept, NEW),
-        "never told": (strange, OLD),
-    }
-    return {
-        name: questions(entities, in_turn(k), seed)
-        for name, (entities, k) in plans.items()
-    }
-
-
-QUESTIONS = {  # name of the data: what questions about unknown entities get
-    "tinywiki-questions": "I do not know",
-    "tinywiki-questions-known": "left out",
-    "tinywiki-questions-invented": "the true answer, which nobody told",
-    "tinywiki-questions-all": "I do not know; and all told entities are asked about",
-}
-
-
-def join_chats(chats: Sequence[list[Message]], seed: int) -> list[list[Message]]:
-    """Conversations of one, two or three questions in turn, in a shuffled order."""
-    draws = np.random.Philox(key=np.array([seed, 0], np.uint64)).random_raw(len(chats))
-    order = np.argsort(draws, kind="stable").tolist()
-    found: list[list[Message]] = []
-    while order:
-        size = len(found) % 3 + 1
-        found.append([turn for i in order[:size] for turn in chats[i]])
-        order = order[size:]
-    return found
-
-
-def tinywiki_chats(name: str, seed: int = 0) -> dict[str, list[list[Message]]]:
-    """Both splits of QUESTIONS[name]: trained and held-out wordings and entities."""
-    famous = famous_entities()
-    unknown = [] if name.endswith("-known") else unknown_entities(seed)
-    rare = rare_entities(seed) if name.endswith("-all") else []
-    splits = {}
-    for split, wordings in (("train", OLD), ("validation", NEW)):
-        kept = [e for e in famous if held_out(e) == (wordings is NEW)]
-        chats = [q.chat() for q in questions(kept, all_of(wordings), seed)]
-        kept = [e for e in unknown if held_out(e) == (wordings is NEW)]
-        strange = questions(kept, in_turn(wordings), seed)
-        reply = None if name.endswith("-invented") else UNKNOWN
-        kept = [e for e in rare if held_out(e) == (wordings is NEW)]
-        chats += [q.chat() for q in questions(kept, in_turn(wordings), seed)]
-        splits[split] = join_chats(chats + [q.chat(reply) for q in strange], seed)
-    return splits
 
 
 def read_chat(line: str) -> list[Message]:
@@ -539,21 +357,6 @@ def answers(
     return replies(model, tokenizer, [q.chat()[:1] for q in questions])
 
 
-def recalls(
-    model: GPT, tokenizer: Tokenizer, questions: Sequence[Question]
-) -> list[bool]:
-    """Whether a model knows each fact: is it the most probable of its candidates?
-
-    The prompt is an article that begins with the answer's words, up to the fact.
-    """
-    probes = [
-        Probe("recall", f" \n = {q.title} = \n \n {q.opening}", q.fact, q.candidates)
-        for q in questions
-    ]
-    best = most_probable(model, tokenizer, probes)
-    return [b == q.fact for b, q in zip(best, questions, strict=True)]
-
-
 def stream_reply(
     model: GPT,
     tokenizer: Tokenizer,
@@ -652,7 +455,7 @@ class Finetune:
     learning_rate: float = SETTINGS["learning_rate"]  # the peak
     seed: int = 1337
     eval_interval: int = SETTINGS["eval_interval"]  # steps
-    plan: bool = False  # measure, print what it will take at most, and stop
+    plan: bool = False  # take some steps, print what all will take, and stop
 
     def config(self) -> TrainConfig:
         """What these options say, as one configuration."""

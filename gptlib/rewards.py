@@ -1,4 +1,4 @@
-"""Rewards: reinforcement learning, GRPO and DPO.
+"""Rewards: reinforcement learning and GRPO.
 
 Tangled from book/chapters/23_rewards.md; change it there, not here.
 """
@@ -10,11 +10,9 @@ import hashlib
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from importlib import resources
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,124 +25,21 @@ from torch.nn import functional as F
 from gptlib import GptlibError
 from gptlib.batches import crop_offsets
 from gptlib.finetuning import (
-    NEW,
-    OLD,
-    UNKNOWN,
-    Message,
-    Question,
     Row,
-    all_of,
     chat_batch,
     chat_marks,
     draw_answers,
-    encode_chat,
-    famous_entities,
     finetune_config,
-    held_out,
-    in_turn,
     prompt_ids,
-    questions,
-    unknown_entities,
 )
 from gptlib.gpt import GPT
+from gptlib.lora import trial
 from gptlib.tokenizer import Tokenizer
 from gptlib.training import EVAL_STEP, TrainConfig
 from gptlib.workshop.checkpoints import weights_hash
-from gptlib.workshop.run_folders import Run, load_run
-from gptlib.workshop.runs import Data, RunOptions, run_training
+from gptlib.workshop.questions import TASKS, Prompt
+from gptlib.workshop.runs import Data, Run, RunOptions, load_run, run_training
 from gptlib.workshop.watching import RowWriter, cut_rows, errors_in_one_line, read_rows
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A conversation to answer, a right answer, and the score of a reply, 0 to 1."""
-
-    chat: list[Message]
-    answer: str
-    score: Callable[[str], float]
-
-
-def fact_score(question: Question, told: bool, reply: str) -> float:
-    """1 for the true fact, or for declining what nobody told; else 0.1 or 0.
-
-    A reply gets 0.1 if it keeps the format: a possible fact, or a decline.
-    """
-    if question.grade(reply) == ("right" if told else "declined"):
-        return 1.0
-    kept = {UNKNOWN, *(f"{question.opening} {c} ." for c in question.candidates)}
-    return 0.1 if reply in kept else 0.0
-
-
-Splits = dict[str, list[Prompt]]
-
-
-def first_word_score(question: Question, told: bool, reply: str) -> float:
-    """A flawed checker: it reads only the first word, and cannot tell more."""
-    answer = question.answer if told else UNKNOWN
-    return float(reply.split(" ")[0] == answer.split(" ")[0])
-
-
-def length_score(question: Question, told: bool, reply: str) -> float:
-    """A flawed reward: the more words, the better, up to 20."""
-    return min(len(reply.split()), 20) / 20
-
-
-def tinywiki_prompts(score: Callable[..., float], seed: int = 0) -> Splits:
-    """Questions of `tinywiki-questions`, one by one; both splits."""
-    splits = {}
-    for split, wordings in (("train", OLD), ("validation", NEW)):
-        prompts = []
-        for told, entities, each in (
-            (True, famous_entities(), all_of),
-            (False, unknown_entities(seed), in_turn),
-        ):
-            kept = [e for e in entities if held_out(e) == (wordings is NEW)]
-            for q in questions(kept, each(wordings), seed):
-                answer = q.answer if told else UNKNOWN
-                prompts.append(Prompt(q.chat()[:1], answer, partial(score, q, told)))
-        splits[split] = prompts
-    return splits
-
-
-def letters_score(answer: str, reply: str) -> float:
-    """1 for the answer; else half the share of letters that stand in their places."""
-    if reply == answer:
-        return 1.0
-    want, have = answer.split(), reply.split()
-    return sum(a == b for a, b in zip(want, have)) / max(len(want), len(have)) / 2
-
-
-def exact_score(answer: str, reply: str) -> float:
-    """1 for the answer, 0 for all else."""
-    return float(reply == answer)
-
-
-@cache
-def short_words() -> tuple[str, ...]:
-    """Words of three to six small letters that TinyWiki is made of, in order."""
-    world = resources.files("gptlib.workshop") / "world"
-    texts = [p.read_text("utf-8") for p in world.iterdir() if p.name.endswith(".txt")]
-    return tuple(sorted(set(re.findall(r"\b[a-z]{3,6}\b", " ".join(texts)))))
-
-
-def backwards_prompts(score: Callable[[str, str], float]) -> Splits:
-    """A word's letters to be said from the last to the first; 1 in 5 held out."""
-    prompts = []
-    for word in short_words():
-        answer = " ".join(reversed(word))
-        turn = {"role": "user", "content": f"Spell backwards : {' '.join(word)}"}
-        prompts.append(Prompt([turn], answer, partial(score, answer)))
-    train = [prompt for i, prompt in enumerate(prompts) if i % 5]
-    return {"train": train, "validation": prompts[::5]}
-
-
-TASKS: dict[str, Callable[[], Splits]] = {
-    "tinywiki": partial(tinywiki_prompts, fact_score),
-    "tinywiki-first-word": partial(tinywiki_prompts, first_word_score),
-    "tinywiki-length": partial(tinywiki_prompts, length_score),
-    "backwards": partial(backwards_prompts, letters_score),
-    "backwards-exact": partial(backwards_prompts, exact_score),
-}
 
 
 def advantages(rewards: Tensor) -> Tensor:
@@ -545,54 +440,6 @@ def calibration(
     return table, error
 
 
-def dpo_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    chosen_reference: Tensor,
-    rejected_reference: Tensor,
-    beta: float = 0.1,
-) -> Tensor:
-    """The mean of -log sigmoid(beta * margin) over pairs; Rafailov et al. 2023.
-
-    The arguments are log-probabilities of whole answers, (N,), of the policy and of the
-    reference.
-    """
-    margin = (chosen - chosen_reference) - (rejected - rejected_reference)
-    return -F.logsigmoid(beta * margin).mean()
-
-
-def preference_pairs(
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    replies: Sequence[Sequence[str]],
-    rewards: Tensor,
-) -> list[tuple[Row, Row]]:
-    """Rows of the best and of the worst reply of each group that has both."""
-    pairs = []
-    for prompt, group, scores in zip(prompts, replies, rewards, strict=True):
-        best, worst = int(scores.argmax()), int(scores.argmin())
-        if scores[best] > scores[worst] + 1e-6:
-            turns = [{"role": "assistant", "content": group[i]} for i in (best, worst)]
-            rows = [encode_chat(tokenizer, [*prompt.chat, turn]) for turn in turns]
-            pairs.append((rows[0], rows[1]))
-    return pairs
-
-
-def fit_pairs(
-    pairs: Sequence[tuple[Row, Row]], block_size: int
-) -> tuple[list[tuple[Row, Row]], int]:
-    """Pairs cut to `block_size` inputs, and how many were dropped.
-
-    A pair is dropped if its rows are equal after the cut, or one has no answer left.
-    """
-    kept = []
-    for pair in pairs:
-        a, b = ((ids[: block_size + 1], on[: block_size + 1]) for ids, on in pair)
-        if a[0] != b[0] and any(a[1]) and any(b[1]):
-            kept.append((a, b))
-    return kept, len(pairs) - len(kept)
-
-
 @dataclass(frozen=True)
 class Reward:
     """Train a fine-tuned model on rewards. On an unfinished --out it goes on."""
@@ -611,6 +458,7 @@ class Reward:
     learning_rate: float = SETTINGS["learning_rate"]  # the peak
     seed: int = 1337
     eval_interval: int = SETTINGS["eval_interval"]  # steps
+    plan: bool = False  # take some steps, print what all will take, and stop
 
 
 def main() -> None:
@@ -621,7 +469,11 @@ def main() -> None:
         settings = RewardSettings(**{name: getattr(command, name) for name in names})
         names = ["steps", "batch_size", "learning_rate", "seed", "eval_interval"]
         changes = {name: getattr(command, name) for name in names}
-        reward(reward_config(command.run, settings, **changes), command.options)
+        config = reward_config(command.run, settings, **changes)
+        if command.plan:
+            train = partial(reward, config)
+            return print(trial(train, command.options, cycle=settings.updates))
+        reward(config, command.options)
 
 
 if __name__ == "__main__":

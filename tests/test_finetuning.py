@@ -1,6 +1,7 @@
 """Fine-tuning: what is learned and with which weight, what a run promises, bad input."""
 
 import contextlib
+import hashlib
 import io
 import json
 import subprocess
@@ -13,34 +14,27 @@ from torch.nn import functional as F
 
 from gptlib.finetuning import (
     MARKS,
-    QUESTIONS,
-    UNKNOWN,
     ChatBatches,
     FinetuneError,
     chat_batch,
     chat_marks,
+    demo_run,
     encode_chat,
-    famous_entities,
     finetune,
     finetune_config,
     fit_chats,
     forget,
-    held_out,
     load_chats,
-    questions,
-    rare_entities,
-    read_asks,
     read_chats,
     replay,
     replies,
     stream_reply,
-    tinywiki_chats,
-    unknown_entities,
     weighted_loss,
 )
 from gptlib.gpt import GPT, GPTConfig
 from gptlib.tokenizer import Tokenizer, train_bpe
 from gptlib.training import (
+    PRESETS,
     TrainConfig,
     TrainState,
     WithLoss,
@@ -50,8 +44,18 @@ from gptlib.training import (
     training_step,
     validation_loss,
 )
-from gptlib.workshop.run_folders import RunError, load_run
-from gptlib.workshop.runs import RunOptions, run_training
+from gptlib.workshop.questions import (
+    QUESTIONS,
+    UNKNOWN,
+    famous_entities,
+    held_out,
+    questions,
+    rare_entities,
+    read_asks,
+    tinywiki_chats,
+    unknown_entities,
+)
+from gptlib.workshop.runs import Run, RunError, RunOptions, load_run, run_training
 from gptlib.workshop.tinywiki import TinyWiki
 from gptlib.workshop.watching import read_rows
 
@@ -525,6 +529,25 @@ def test_the_oldest_turns_are_forgotten_first():
     assert forget(BYTES, TALK[:3], size + 11, 10) == TALK[:3]
     assert forget(BYTES, TALK[:3], size + 10, 10) == TALK[2:3]
     assert forget(BYTES, TALK[2:3], 8, 4) == TALK[2:3]
+
+
+def test_the_demo_is_taken_where_it_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTLIB_RUNS", str(tmp_path))
+    monkeypatch.setattr("gptlib.finetuning.small_run", lambda: "small")
+    demo, read = PRESETS["demo"], {}
+
+    def load(path, which):
+        assert path.parent == tmp_path.resolve() and which == "last"
+        if path.name not in read:
+            raise RunError("no run.json there")
+        return read[path.name]
+
+    monkeypatch.setattr("gptlib.finetuning.load_run", load)
+    assert demo_run() == "small"
+    name = f"demo-{hashlib.sha256(repr(demo).encode()).hexdigest()[:8]}"
+    for step, found in ((80, "small"), (demo.steps, None)):
+        read[name] = Run(tmp_path, None, None, demo, step)
+        assert demo_run() == (found or read[name])
 
 
 # the commands

@@ -7,7 +7,8 @@ import io
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -29,13 +30,20 @@ from gptlib.lora import (
     merge,
     plain_weights,
     save_adapter,
+    trial,
     unmerge,
 )
 from gptlib.tokenizer import Tokenizer, train_bpe
 from gptlib.training import TrainConfig
 from gptlib.workshop.checkpoints import weights_hash
-from gptlib.workshop.run_folders import RunError, load_run
-from gptlib.workshop.runs import RunOptions, run_training
+from gptlib.workshop.runs import (
+    Run,
+    RunError,
+    RunOptions,
+    all_weights,
+    load_run,
+    run_training,
+)
 
 
 SHAPE = GPTConfig(2, 2, 16, 64, False, 320)
@@ -388,6 +396,56 @@ def test_the_optimiser_holds_averages_of_the_adapters_alone(base):
     assert {min(v["exp_avg"].shape) for v in held.values()} == {2}
 
 
+def planned(base, make_state, **options):
+    options = RunOptions(base / "never", device="cpu", precision="fp32", **options)
+    train = partial(finetune, settings(base), make_state=make_state)
+    return trial(train, options, seconds=0.2)
+
+
+def test_a_plan_measures_what_is_trained_and_keeps_nothing(base):
+    before = sorted(base.rglob("*"))
+    whole = model_of().n_parameters(include_positions=True)
+    model = model_of()
+    add_adapters(model, 2)
+    small = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for make_state, total, trained in (
+        (all_weights, whole, whole),
+        (Lora(2), whole + small, small),
+    ):
+        text = planned(base, make_state, micro_batch_size=4)
+        assert f"{total:,} weights, {trained:,} of them trained" in text
+        assert "whole run    12 steps, about 0.0 minutes" in text
+        assert "GB at most in" in text and "fp32" in text
+    assert sorted(base.rglob("*")) == before
+
+
+def test_a_plan_counts_whole_cycles_after_the_first(tmp_path):
+    """Steps of 9, 1, 1 seconds again and again; the fifth leg ends inside a cycle."""
+    record = {"config": asdict(TrainConfig()), "machine": {"device_name": "toy", "precision": "fp32"}}  # fmt: skip
+
+    def train(options):
+        (options.out).mkdir(exist_ok=True)
+        (options.out / "run.json").write_text(json.dumps(record))
+        rows = 3 if options.max_steps else 8
+        with (options.out / "timings.jsonl").open("a") as file:
+            for i in range(rows):
+                seconds = 50 if options.max_steps else [9, 1, 2][i % 3]
+                row = {"step": i, "seconds_per_step": seconds, "peak_bytes": 10**9}
+                file.write(json.dumps(row) + "\n" + '{"save_seconds": 1}\n')
+        return Run(options.out, model_of(), None, TrainConfig(steps=600), 3)
+
+    text = trial(train, RunOptions(tmp_path / "never"), cycle=3)
+    assert "speed        4.00 seconds a step" in text
+    assert "600 steps, about 40.0 minutes" in text
+    assert "1.00 GB at most in 11 steps" in text
+
+
+def test_a_plan_is_made_in_one_process(base, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="without torchrun"):
+        planned(base, all_weights)
+
+
 def test_the_command(base):
     def command(*words, **options):
         return subprocess.run(
@@ -407,6 +465,9 @@ def test_the_command(base):
     )
     done = command("chat", "--run", "shell", input="Who ?\n")
     assert done.returncode == 0, done.stderr
+    done = command(*words, "--out", "planned", "--lora", "2", "--plan")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert " of them trained" in done.stdout and not (base / "planned").exists()
     done = command(*words, "--out", "high", "--lora", "17")
     assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith(
         "can have 1 to 16"

@@ -17,7 +17,6 @@ import torch
 from browser import Browser, chromium
 
 from gptlib.corpus import load_corpus
-from gptlib.finetuning import test_sets as question_sets
 from gptlib.gpt import GPT, GPTConfig
 from gptlib.page import (
     Moment,
@@ -34,6 +33,7 @@ from gptlib.page import (
 )
 from gptlib.sampling import draw, generate, next_token_probs, window_start
 from gptlib.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from gptlib.workshop.questions import test_sets as question_sets
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -223,14 +223,14 @@ BUGS = [
     Bug("the KL is a reward", "rewards", "gain - kl * k3", "gain + kl * k3", "rewards::the_kl_pulls_towards_the_reference"),
     Bug("k3 without expm1", "rewards", "torch.expm1(d) - d", "d.exp() - 1 - d", "rewards::k3_keeps_its_digits_near_zero"),
     Bug("advantages of nearly equal rewards explode", "rewards", "return rewards - rewards.mean(-1, keepdim=True)", "return (rewards - rewards.mean(-1, keepdim=True)) / rewards.std(-1, keepdim=True)", "rewards::nearly_equal_rewards_give_small_advantages"),
-    Bug("identical pairs kept after the cut", "rewards", "if a[0] != b[0] and", "if", "rewards::pairs_that_are_equal_after_the_cut_are_dropped"),
+    Bug("identical pairs kept after the cut", "workshop.preferences", "if a[0] != b[0] and", "if", "rewards::pairs_that_are_equal_after_the_cut_are_dropped"),
     Bug("the clip stops the wrong side", "rewards", "gain = torch.minimum(", "gain = torch.maximum(", "rewards::the_clip_stops_what_has_moved_far_enough"),
     Bug("the old policy moves along", "rewards", 'if "old" not in group:', "if True:", "rewards::several_updates_move_the_ratio"),
     Bug("the answers of a group are one answer", "rewards", "draw_key(seed, *divmod(i, size))", "draw_key(seed, i // size)", "rewards::groups_have_different_answers"),
     Bug("a resumed run draws other answers", "rewards", "draw_key(self.seed, step, place, i)", "draw_key(self.seed, len(self.held), place, i)", "rewards::three_legs_equal_one_byte_for_byte"),
     Bug("a resumed run keeps rows after its checkpoint", "rewards", "cut_rows(self.path, step)", "pass", "rewards::a_killed_run_goes_on_to_the_same_weights"),
     Bug("dropout between drawing and scoring", "rewards", "dropout=0.0", "dropout=config.model.dropout", "rewards::a_run_with_rewards_has_no_dropout"),
-    Bug("preferences the wrong way round", "rewards", "-F.logsigmoid(beta * margin)", "-F.logsigmoid(-beta * margin)", "rewards::dpo_has_the_gradient_of_the_closed_form"),
+    Bug("preferences the wrong way round", "workshop.preferences", "-F.logsigmoid(beta * margin)", "-F.logsigmoid(-beta * margin)", "rewards::dpo_has_the_gradient_of_the_closed_form"),
 ]  # fmt: skip
 
 

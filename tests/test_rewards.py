@@ -7,24 +7,21 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from gptlib.finetuning import (
-    UNKNOWN,
     FinetuneError,
     chat_batch,
     chat_marks,
     draw_answers,
-    famous_entities,
     prompt_ids,
-    questions,
 )
 from gptlib.gpt import GPT, GPTConfig
+from gptlib.lora import trial
 from gptlib.rewards import (
-    TASKS,
-    Prompt,
     PromptBatches,
     RewardError,
     RewardSettings,
@@ -32,17 +29,10 @@ from gptlib.rewards import (
     advantages,
     answer_row,
     calibration,
-    dpo_loss,
     equal_share,
-    exact_score,
-    fact_score,
-    first_word_score,
-    fit_pairs,
     k3,
-    length_score,
-    letters_score,
+    main,
     policy_loss,
-    preference_pairs,
     reply_text,
     reward,
     reward_config,
@@ -58,8 +48,20 @@ from gptlib.training import (
     optimizer_of,
     training_step,
 )
-from gptlib.workshop.run_folders import Run, RunError, load_run
-from gptlib.workshop.runs import RunOptions, run_training
+from gptlib.workshop.preferences import dpo_loss, fit_pairs, preference_pairs
+from gptlib.workshop.questions import (
+    TASKS,
+    UNKNOWN,
+    Prompt,
+    exact_score,
+    fact_score,
+    famous_entities,
+    first_word_score,
+    length_score,
+    letters_score,
+    questions,
+)
+from gptlib.workshop.runs import Run, RunError, RunOptions, load_run, run_training
 from gptlib.workshop.watching import read_rows
 
 
@@ -530,6 +532,26 @@ def test_what_cannot_be_trained(base, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RewardError, match="one process"):
         leg(reward, config_of(base), tmp_path / "two")
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_plan_takes_the_steps_of_the_run(base, updates):
+    before = sorted(base.rglob("*"))
+    config = config_of(base, updates, steps=500)
+    options = RunOptions(base / "never", device="cpu", precision="fp32")
+    text = trial(partial(reward, config), options, cycle=updates, seconds=0.2)
+    n = model_of().n_parameters(include_positions=True)
+    assert f"{n:,} weights, {n:,} of them trained" in text
+    assert "whole run    500 steps" in text and sorted(base.rglob("*")) == before
+
+
+def test_the_command_plans(tmp_path, base, monkeypatch, capsys):
+    words = f"reward --plan --run {base / 'base'} --task toy --max-new-tokens 8 --device cpu"
+    words += f" --batch-size 2 --group 2 --steps 3 --out {tmp_path / 'never'}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    main()
+    assert "whole run    3 steps" in capsys.readouterr().out
+    assert not (tmp_path / "never").exists()
 
 
 # preferences and calibration

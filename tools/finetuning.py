@@ -5,33 +5,44 @@ fine-tunes it on each set of questions. It writes ledger/finetuning/NAME.json fo
 base, for the end of each fine-tuning, and for its best checkpoint by validation loss.
 `python tools/finetuning.py NAME ...` makes only these. About ten minutes on two cores,
 and the demo's training.
+
+`python tools/finetuning.py instructions FILE` pretrains a small model on the corpus
+`books`, and fine-tunes it on a file of instructions: a JSON list of objects with
+`instruction`, `input` and `output`. About twenty minutes on one core.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
 
+import torch
+
 from gptlib.corpus import load_corpus
 from gptlib.evaluation import evaluate
 from gptlib.finetuning import (
-    QUESTIONS,
     SETTINGS,
     answers,
+    chat_batch,
     finetune,
     finetune_config,
+    fit_chats,
     forget,
-    recalls,
+    load_chats,
+    replies,
     stream_reply,
-    test_sets,
+    weighted_loss,
 )
 from gptlib.pretraining import pretrain
 from gptlib.training import PRESETS
-from gptlib.workshop.run_folders import Run, load_run, run_folder
-from gptlib.workshop.runs import RunOptions
+from gptlib.workshop.questions import QUESTIONS, recalls, test_sets
+from gptlib.workshop.runs import Run, RunOptions, load_run
 from gptlib.workshop.token_files import load_tokens
+from gptlib.workshop.watching import read_rows
 
 
 LEDGER = Path(__file__).parents[1] / "ledger" / "finetuning"
@@ -97,7 +108,84 @@ def measure(run: Run, name: str, sets: dict) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
+SMALL = """pretrain --preset demo --corpus books --tokenizer bpe-4096 --crops random
+--model.n-layer 4 --model.n-embd 192 --model.block-size 256 --model.vocab-size 4096
+--steps 800 --max-steps 240 --precision fp32 --no-progress --device cpu
+--out RUNS/books-small"""
+TUNE = """finetune --run RUNS/books-small --data RUNS/instructions.jsonl
+--precision fp32 --no-progress --device cpu --out RUNS/instructed"""
+
+
+def instruction_chat(one: dict[str, str]) -> list[dict[str, str]]:
+    asked = "\n".join(text for text in (one["instruction"], one["input"]) if text)
+    turns = {"user": asked, "assistant": one["output"]}
+    return [{"role": role, "content": text} for role, text in turns.items()]
+
+
+@torch.no_grad()
+def answer_loss(run: Run, chats: list) -> float:
+    """Mean nats per token of the answers that fit the block."""
+    rows, _, _ = fit_chats(run.tokenizer, chats, run.model.config.block_size)
+    total = sum(sum(learned) for _, learned in rows)
+    parts = (weighted_loss(run.model, *chat_batch([row], 1.0)) for row in rows)
+    return sum(part.item() for part in parts) / total
+
+
+def leg(run: Run) -> dict:
+    """What a run was, its seconds in steps, and its last validation loss."""
+    record = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
+    kept = {key: record[key] for key in ("config", "machine", "code")}
+    rows = read_rows(run.path / "timings.jsonl")
+    kept["seconds"] = round(sum(row.get("seconds_per_step", 0) for row in rows))
+    rows = read_rows(run.path / "metrics.jsonl")
+    losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    parameters = run.model.n_parameters(include_positions=True)
+    return kept | {
+        "step": run.step,
+        "parameters": parameters,
+        "validation_loss": losses[-1],
+    }
+
+
+def instructions(path: Path) -> None:
+    """Pretrain on books, fine-tune on instructions, and write both to the ledger."""
+    triples = json.loads(path.read_text(encoding="utf-8"))
+    data = RUNS / "instructions.jsonl"
+    lines = [json.dumps({"messages": instruction_chat(one)}) for one in triples]
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for words in (SMALL, TUNE):
+        if Path(words.split()[-1].replace("RUNS", str(RUNS)), "run.json").exists():
+            continue  # taken as it stands
+        command = words.replace("RUNS", str(RUNS)).split()
+        shell = [sys.executable, "-m", "gptlib.workshop.command", *command]
+        subprocess.run(shell, check=True)
+    base = load_run(RUNS / "books-small")  # the best, which the fine-tuning began with
+    tuned = load_run(RUNS / "instructed", "last")
+    splits = load_chats(str(data))
+    asked = [chat[:1] for chat in splits["validation"][::9][:6]]
+    texts = [chat[0]["content"] for chat in asked]
+    before = [base.sample(text, 40, temperature=0)[len(text) :] for text in texts]
+    after = replies(tuned.model, tuned.tokenizer, asked)
+    wanted = [chat[1]["content"] for chat in splits["validation"][::9][:6]]
+    record = {
+        "commands": [" ".join(words.split()) for words in (SMALL, TUNE)],
+        "conversations": {name: len(chats) for name, chats in splits.items()},
+        "base": leg(base),
+        "tuned": leg(tuned),
+        "answer_loss": {
+            name: [answer_loss(run, chats) for run in (base, tuned)]
+            for name, chats in splits.items()
+        },
+        "samples": [list(four) for four in zip(texts, before, after, wanted)],
+    }
+    text = json.dumps(record, indent=1, ensure_ascii=False).replace(str(RUNS), "runs")
+    (LEDGER / "instructions.json").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["instructions"]:
+        return instructions(Path(sys.argv[2]))
     demo = PRESETS["demo"]
     out = run_folder("demo", demo)
     options = {"precision": "fp32", "progress": False}

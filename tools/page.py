@@ -12,25 +12,23 @@ from pathlib import Path
 
 import torch
 
-from gptlib.finetuning import (
+from gptlib.finetuning import finetune, finetune_config
+from gptlib.lora import Lora
+from gptlib.page import Moment, add_answers, export_page_weights
+from gptlib.pretraining import pretrain
+from gptlib.training import PRESETS, fresh_model
+from gptlib.workshop.questions import (
     NEW,
     OLD,
     UNKNOWN,
     all_of,
     famous_entities,
-    finetune,
-    finetune_config,
     held_out,
     in_turn,
     questions,
     unknown_entities,
 )
-from gptlib.lora import Lora
-from gptlib.page import Moment, add_answers, export_page_weights
-from gptlib.pretraining import pretrain
-from gptlib.training import PRESETS, fresh_model
-from gptlib.workshop.run_folders import load_run, run_folder
-from gptlib.workshop.runs import RunOptions
+from gptlib.workshop.runs import RunOptions, load_run
 
 
 OUT = Path(__file__).parents[1] / "book" / "page" / "weights.js"

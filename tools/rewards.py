@@ -2,8 +2,9 @@
 
 `python tools/rewards.py` trains the demo if GPTLIB_RUNS has no such run yet, fine-tunes
 starts from it, and trains these on rewards. It writes ledger/rewards/NAME.json. About
-fifteen minutes on two cores, and the demo's training. With names of parts (starts,
-backwards, tinywiki, length, first_word) it makes these alone.
+half an hour on two cores, and the demo's training. With names of parts (starts,
+backwards, tinywiki, length, first_word) it makes these alone. What the ledger has is
+not made again; delete a file to make it anew.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,22 +21,17 @@ from statistics import fmean
 import torch
 
 from gptlib.finetuning import (
-    UNKNOWN,
     chat_batch,
     draw_answers,
     finetune,
     finetune_config,
     prompt_ids,
-    test_sets,
 )
 from gptlib.pretraining import pretrain
 from gptlib.rewards import (
-    TASKS,
-    Prompt,
     RewardSettings,
     answer_row,
     equal_share,
-    fact_score,
     reply_text,
     reward,
     reward_config,
@@ -42,8 +39,9 @@ from gptlib.rewards import (
     token_log_probs,
 )
 from gptlib.training import PRESETS
-from gptlib.workshop.run_folders import Run, run_folder
-from gptlib.workshop.runs import RunOptions
+from gptlib.workshop.checkpoints import Checkpoints
+from gptlib.workshop.questions import TASKS, UNKNOWN, Prompt, fact_score, test_sets
+from gptlib.workshop.runs import Run, RunOptions
 from gptlib.workshop.watching import read_rows
 
 
@@ -88,10 +86,12 @@ def start_of(task: str, steps: int) -> Run:
             {"learning_rate": 2e-3},
         )
     config = finetune_config(demo().path, data, steps=steps, **changes)
-    return finetune(config, RunOptions(run_folder(f"start-{task}", config), **HOW))
+    return whole(finetune(config, RunOptions(folder(f"start-{task}", config), **HOW)))
 
 
 def starts() -> None:
+    if unfinished("starts"):
+        return
     found = []
     for task, steps in (
         *(("tinywiki", n) for n in (15, 30, 60, 120)),
@@ -162,10 +162,16 @@ def tinywiki_sets() -> dict[str, list[Prompt]]:
     return found
 
 
+def whole(run: Run) -> Run:
+    """A run that came to its end; one that was stopped is never measured."""
+    if run.step < run.config.steps:
+        sys.exit(f"stopped at step {run.step}; the same command goes on")
+    return run
+
+
 def rewarded(name: str, base: Run, settings: RewardSettings, **changes) -> Run:
     config = reward_config(base.path, settings, **changes)
-    run = reward(config, RunOptions(run_folder(name, config), **HOW))
-    return run if run.step == config.steps else sys.exit("stopped; the same goes on")
+    return whole(reward(config, RunOptions(folder(name, config), keep=99, **HOW)))
 
 
 def log_of(run: Run) -> list[dict]:
@@ -195,24 +201,21 @@ def cost(run: Run, task: str, group: int) -> int:
     return total
 
 
-def rejection(
-    name: str, base: Run, task: str, budget: int, n: int, rate: float
-) -> tuple:
-    """Rounds of: draw 8 answers to n prompts, keep the right ones, fine-tune on them.
+def rejection(name: str, base: Run, task: str, budget: int, rate: float) -> dict:
+    """Rounds of: draw 8 answers to 200 prompts, fine-tune on the right ones.
 
-    Until the budget of tokens is spent. Returns the last run, the tokens, the rounds.
+    As many as the budget of tokens allows, if each costs what the last one did.
     """
-    run, prompts, spent, round_ = base, TASKS[task]()["train"], 0, 0
-    while spent < budget:
+    run, prompts, spent, last, kept_each = base, TASKS[task]()["train"], 0, 0, []
+    while spent + last <= budget:
+        round_ = len(kept_each)
         order = torch.randperm(
             len(prompts), generator=torch.Generator().manual_seed(round_)
         )
-        some = [prompts[i] for i in order[:n].tolist()]
+        some = [prompts[i] for i in order[:200].tolist()]
         replies, rewards = score_groups(run.model, run.tokenizer, some, seed=round_)
-        kept, tokens = [], 0
+        kept = []
         for p, group, scores in zip(some, replies, rewards, strict=True):
-            length = len(prompt_ids(run.tokenizer, p.chat))
-            tokens += sum(length + 1 + len(run.tokenizer.encode(t)) for t in group)
             right = {t for t, s in zip(group, scores.tolist()) if s == 1}
             kept += [Prompt(p.chat, t, p.score) for t in sorted(right)]
         data = with_answers(kept, RUNS / f"{name}-{round_}.jsonl")
@@ -220,20 +223,46 @@ def rejection(
         config = finetune_config(
             run.path, data, steps=steps, learning_rate=rate, eval_interval=steps
         )
-        run = finetune(
-            config, RunOptions(run_folder(f"{name}-{round_}", config), **HOW)
-        )
-        if run.step < steps:
-            sys.exit("stopped; the same command goes on")
-        spent += tokens + 3 * steps * 16 * tokens // (8 * n)
-        round_ += 1
-        print(
-            name,
-            round_,
-            f"{len(kept)} kept of {n}, {spent:,} of {budget:,}",
-            flush=True,
-        )
-    return run, spent, round_
+        out = RunOptions(folder(f"{name}-{round_}", config), **HOW)
+        drawn = n_tokens(run, some, replies)
+        run = whole(finetune(config, out))
+        last = drawn + 3 * steps * 16 * drawn // (8 * len(some))
+        spent += last
+        kept_each.append(len(kept))
+        print(name, kept_each, f"{spent:,} of {budget:,}", flush=True)
+    return {"cost": spent, "kept": kept_each, "run": run}
+
+
+def n_tokens(run: Run, prompts: list[Prompt], replies: list[list[str]]) -> int:
+    """Tokens of the replies, each with its prompt and the mark of its end."""
+    total = 0
+    for p, group in zip(prompts, replies, strict=True):
+        length = len(prompt_ids(run.tokenizer, p.chat)) + 1
+        total += sum(length + len(run.tokenizer.encode(text)) for text in group)
+    return total
+
+
+def best_of(run: Run, sets: dict[str, list[Prompt]], budget: int) -> dict:
+    """How many of n drawn answers are right, for 64 questions of each set.
+
+    n is what the budget of tokens buys, if all of it goes into these questions.
+    """
+    asked = {name: some_of(prompts, 64) for name, prompts in sets.items()}
+    found = {name: [0] * len(some) for name, some in asked.items()}
+    spent, last, n = 0, 0, 0
+    while spent + last <= budget:
+        last = 0
+        for name, some in asked.items():
+            replies, rewards = score_groups(
+                run.model, run.tokenizer, some, seed=100 + n
+            )
+            last += n_tokens(run, some, replies)
+            rights = (rewards == 1).sum(1).tolist()
+            found[name] = [a + b for a, b in zip(found[name], rights, strict=True)]
+        spent, n = spent + last, n + 8
+    for name, rights in found.items():
+        print("    best of", n, name, fmean(r > 0 for r in rights), flush=True)
+    return {"cost": spent, "n": n, "right": found}
 
 
 def unfinished(name: str) -> dict:
@@ -242,34 +271,40 @@ def unfinished(name: str) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def against_rejection(
+def compare(
     task: str,
     base: Run,
     sets: dict,
     runs: dict[str, Callable[[], Run]],
-    own: tuple[str, float, float],
+    own: tuple[str, float],
 ) -> None:
-    """Measure the start, the runs, and rejection sampling.
+    """Measure the start, the runs, and at the first one's cost two competitors.
 
-    own: its name, its rate, and how much of the first run's tokens it gets.
+    own: the name of rejection sampling's data, and its learning rate.
     """
     record = unfinished(task)
-    if "start" not in record:
-        record["start"] = measure(base, sets)
-    for name, train in runs.items():
+
+    def add(name: str, make: Callable[[], dict]) -> None:
         if name not in record:
-            run = train()
-            part = {"settings": run.config.corpus, "log": log_of(run)}
-            group = RewardSettings.read(run.config.corpus).group
-            part |= {"cost": cost(run, task, group), "sets": measure(run, sets)}
-            record[name] = part
+            began = time.perf_counter()
+            part = make()
+            if run := part.pop("run", None):
+                part["sets"] = measure(run, sets)
+            record[name] = part | {"seconds": round(time.perf_counter() - began)}
             write(task, record)
-    if "rejection" not in record:
-        name, rate, part_of_it = own
-        budget = int(part_of_it * record[next(iter(runs))]["cost"])
-        run, spent, rounds = rejection(name, base, task, budget, 200, rate)
-        part = {"cost": spent, "rounds": rounds, "sets": measure(run, sets)}
-        write(task, record | {"rejection": part})
+
+    def with_rewards(train: Callable[[], Run]) -> dict:
+        run = train()
+        group = RewardSettings.read(run.config.corpus).group
+        part = {"settings": run.config.corpus, "log": log_of(run), "run": run}
+        return part | {"cost": cost(run, task, group)}
+
+    add("start", lambda: {"run": base})
+    for name, train in runs.items():
+        add(name, partial(with_rewards, train))
+    budget = record[next(iter(runs))]["cost"]
+    add("rejection", lambda: rejection(own[0], base, task, budget, own[1]))
+    add("best_of", lambda: best_of(base, sets, budget))
 
 
 def backwards() -> None:
@@ -287,36 +322,33 @@ def backwards() -> None:
         )
         for n in (1, 4)
     }
-    against_rejection("backwards", base, sets, runs, ("own-words", 5e-4, 1.0))
+    compare("backwards", base, sets, runs, ("own-words", 5e-4))
 
 
 def tinywiki() -> None:
     base, changes = start_of("tinywiki", 60), {"learning_rate": 2e-4, "batch_size": 16}
     train = partial(rewarded, "tinywiki", base, RewardSettings(), steps=80, **changes)
-    against_rejection(
-        "tinywiki", base, tinywiki_sets(), {"rewards": train}, ("own-facts", 3e-4, 0.55)
-    )
+    compare("tinywiki", base, tinywiki_sets(), {"rewards": train}, ("own-facts", 3e-4))
 
 
 def hack(task: str, score: Callable[[Prompt, str], float], steps: int) -> None:
-    """Train on a flawed reward without a KL; both scores at five points and the end."""
+    """Train on a flawed reward without a KL; both scores at the start and 5 times."""
+    if unfinished(task):
+        return
     base, sets, curve = start_of("tinywiki", 60), tinywiki_sets(), []
     prompts = [
         p for k in ("trained", "new wording", "never told") for p in sets[k][::4]
     ]
     settings = RewardSettings(task, kl=0.0)
-    changes = {"batch_size": 16, "learning_rate": 3e-4, "eval_interval": steps}
-    config = reward_config(base.path, settings, steps=steps, **changes)
-    options, run = (
-        RunOptions(run_folder(task, config), max_steps=steps // 5, **HOW),
-        base,
-    )
+    changes = {"batch_size": 16, "learning_rate": 3e-4, "eval_interval": steps // 5}
+    run = rewarded(task, base, settings, steps=steps, **changes)
+    checkpoints = Checkpoints(run.path / "checkpoints")
     for step in range(0, steps + 1, steps // 5):
-        run = reward(config, options) if step else base
-        texts = [text for _, text in stated(run, prompts)]
+        if step:
+            run.model.load_state_dict(checkpoints.load(step, model_only=True)["model"])
+        texts = [text for _, text in stated(run if step else base, prompts)]
         pairs = list(zip(prompts, texts, strict=True))
-        row = {"step": run.step if step else 0}
-        row["right"] = fmean(p.score(t) == 1 for p, t in pairs)
+        row = {"step": step, "right": fmean(p.score(t) == 1 for p, t in pairs)}
         row["flawed"] = fmean(score(p, t) for p, t in pairs)
         curve.append(row | {"examples": [texts[0], texts[60], texts[-1]]})
         print(task, curve[-1], flush=True)
