@@ -29,25 +29,16 @@ from gptlib.gpt import GPT
 from gptlib.sampling import continue_rows, seeded, stream
 from gptlib.tokenizer import Tokenizer
 from gptlib.training import PRESETS, TrainConfig
-from gptlib.workshop.files import cache_dir
 from gptlib.workshop.questions import QUESTIONS, Question, tinywiki_chats
-from gptlib.workshop.runs import (
-    Data,
-    Run,
-    RunOptions,
-    load_run,
-    read_record,
-    run_training,
-    small_run,
-)
+from gptlib.workshop.run_folders import Run, load_run, read_record, run_folder
+from gptlib.workshop.runs import Data, RunOptions, run_training, small_run
 from gptlib.workshop.watching import errors_in_one_line, say
 
 
 def demo_run() -> Run:
     """The demo of chapter 14 if it is trained; else the same with half the steps."""
-    key = hashlib.sha256(repr(PRESETS["demo"]).encode()).hexdigest()[:8]
     try:
-        run = load_run(cache_dir().parent / f"demo-{key}", "last")
+        run = load_run(run_folder("demo", PRESETS["demo"]), "last")
     except GptlibError:
         return small_run()
     return run if run.step == PRESETS["demo"].steps else small_run()

@@ -30,7 +30,8 @@ from gptlib.training import Precision, TrainConfig, TrainState, optimizer_of
 from gptlib.workshop.checkpoints import Checkpoints, weights_hash
 from gptlib.workshop.devices import total_memory
 from gptlib.workshop.files import write_whole
-from gptlib.workshop.runs import Run, RunError, RunOptions, all_weights, read_record
+from gptlib.workshop.run_folders import Run, RunError, read_record
+from gptlib.workshop.runs import RunOptions, all_weights
 from gptlib.workshop.watching import errors_in_one_line, read_rows
 
 

@@ -1,4 +1,4 @@
-"""The full run.
+"""A whole run: plan, train, judge.
 
 Tangled from book/chapters/14_pretraining.md; change it there, not here.
 """

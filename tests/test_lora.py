@@ -36,14 +36,8 @@ from gptlib.lora import (
 from gptlib.tokenizer import Tokenizer, train_bpe
 from gptlib.training import TrainConfig
 from gptlib.workshop.checkpoints import weights_hash
-from gptlib.workshop.runs import (
-    Run,
-    RunError,
-    RunOptions,
-    all_weights,
-    load_run,
-    run_training,
-)
+from gptlib.workshop.run_folders import Run, RunError, load_run
+from gptlib.workshop.runs import RunOptions, all_weights, run_training
 
 
 SHAPE = GPTConfig(2, 2, 16, 64, False, 320)

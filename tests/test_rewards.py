@@ -61,7 +61,8 @@ from gptlib.workshop.questions import (
     letters_score,
     questions,
 )
-from gptlib.workshop.runs import Run, RunError, RunOptions, load_run, run_training
+from gptlib.workshop.run_folders import Run, RunError, load_run
+from gptlib.workshop.runs import RunOptions, run_training
 from gptlib.workshop.watching import read_rows
 
 

@@ -40,11 +40,13 @@ from gptlib.finetuning import (
 from gptlib.pretraining import pretrain
 from gptlib.training import PRESETS
 from gptlib.workshop.questions import QUESTIONS, recalls, test_sets
-from gptlib.workshop.runs import Run, RunOptions, load_run
+from gptlib.workshop.run_folders import Run, load_run, run_folder
+from gptlib.workshop.runs import RunOptions
 from gptlib.workshop.token_files import load_tokens
 from gptlib.workshop.watching import read_rows
 
 
+RUNS = Path(os.environ.get("GPTLIB_RUNS", "runs"))
 LEDGER = Path(__file__).parents[1] / "ledger" / "finetuning"
 PLAN = {name: (name, 200) for name in QUESTIONS if not name.endswith("-all")} | {
     "replay": ("tinywiki-questions+tinywiki", 400),

@@ -29,7 +29,8 @@ from gptlib.gpt import GPT
 from gptlib.lora import Lora
 from gptlib.training import PRESETS, Precision, WithLoss, train
 from gptlib.workshop.questions import test_sets
-from gptlib.workshop.runs import Run, all_weights, load_run
+from gptlib.workshop.run_folders import Run, load_run, run_folder
+from gptlib.workshop.runs import all_weights
 from gptlib.workshop.token_files import load_tokens
 
 

@@ -28,7 +28,8 @@ from gptlib.workshop.questions import (
     questions,
     unknown_entities,
 )
-from gptlib.workshop.runs import RunOptions, load_run
+from gptlib.workshop.run_folders import load_run, run_folder
+from gptlib.workshop.runs import RunOptions
 
 
 OUT = Path(__file__).parents[1] / "book" / "page" / "weights.js"

@@ -41,7 +41,8 @@ from gptlib.rewards import (
 from gptlib.training import PRESETS
 from gptlib.workshop.checkpoints import Checkpoints
 from gptlib.workshop.questions import TASKS, UNKNOWN, Prompt, fact_score, test_sets
-from gptlib.workshop.runs import Run, RunOptions
+from gptlib.workshop.run_folders import Run, run_folder
+from gptlib.workshop.runs import RunOptions
 from gptlib.workshop.watching import read_rows
 
 
@@ -86,7 +87,8 @@ def start_of(task: str, steps: int) -> Run:
             {"learning_rate": 2e-3},
         )
     config = finetune_config(demo().path, data, steps=steps, **changes)
-    return whole(finetune(config, RunOptions(folder(f"start-{task}", config), **HOW)))
+    out = run_folder(f"start-{task}", config)
+    return whole(finetune(config, RunOptions(out, **HOW)))
 
 
 def starts() -> None:
@@ -171,7 +173,7 @@ def whole(run: Run) -> Run:
 
 def rewarded(name: str, base: Run, settings: RewardSettings, **changes) -> Run:
     config = reward_config(base.path, settings, **changes)
-    return whole(reward(config, RunOptions(folder(name, config), keep=99, **HOW)))
+    return whole(reward(config, RunOptions(run_folder(name, config), keep=99, **HOW)))
 
 
 def log_of(run: Run) -> list[dict]:
@@ -223,7 +225,7 @@ def rejection(name: str, base: Run, task: str, budget: int, rate: float) -> dict
         config = finetune_config(
             run.path, data, steps=steps, learning_rate=rate, eval_interval=steps
         )
-        out = RunOptions(folder(f"{name}-{round_}", config), **HOW)
+        out = RunOptions(run_folder(f"{name}-{round_}", config), **HOW)
         drawn = n_tokens(run, some, replies)
         run = whole(finetune(config, out))
         last = drawn + 3 * steps * 16 * drawn // (8 * len(some))

@@ -1,6 +1,6 @@
 """Preferences: DPO.
 
-Tangled from book/workshop/W19_preferences.md; change it there, not here.
+Tangled from book/workshop/W16_preferences.md; change it there, not here.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ OLD, NEW = (0, 1, 2, 3), (4, 5)  # wordings that are trained, and that are held 
 
 def held_out(entity: Entity) -> bool:
     """Whether an entity is kept for testing: one in three."""
-    return entity.index % 3 == 2
+    return entity.number % 3 == 2
 
 
 def famous_entities() -> list[Entity]:
