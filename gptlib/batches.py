@@ -15,28 +15,27 @@ import torch
 from gptlib import GptlibError
 
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-def crops(ids: np.ndarray, offsets: np.ndarray, block_size: int) -> Pair:
+def crops(
+    ids: np.ndarray, offsets: np.ndarray, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, both (B, T) int64: the targets are one token further on."""
     windows = np.stack([ids[o : o + block_size + 1] for o in offsets])
     tokens = torch.from_numpy(windows.astype(np.int64))  # (B, T + 1)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def crop_offsets(seed: int, step: int, n: int, positions: int) -> np.ndarray:
-    """`n` offsets in [0, positions), (n,) int64: a pure function of (seed, step).
+def crop_offsets(seed: int, step: int, n: int, n_starts: int) -> np.ndarray:
+    """`n` offsets in [0, n_starts), (n,) int64: a pure function of (seed, step).
 
     Philox is a counter-based generator: key in, bits out (Salmon et al. 2011). Only its
     raw bits are used, since NumPy may change how its other methods use them. Raises
-    ValueError for more than 2**32 positions.
+    ValueError for more than 2**32 starts.
     """
-    if positions > 2**32:
-        raise ValueError(f"{positions} positions are more than 2**32; split the file")
+    if n_starts > 2**32:
+        raise ValueError(f"{n_starts} starts are more than 2**32; split the file")
     bits = np.random.Philox(key=np.array([seed, step], np.uint64)).random_raw(n)
     r = bits >> np.uint64(32)  # the upper half: a whole number below 2**32
-    return (r * np.uint64(positions) >> np.uint64(32)).astype(np.int64)
+    return ((r * np.uint64(n_starts)) >> np.uint64(32)).astype(np.int64)
 
 
 class BatchError(GptlibError):
@@ -68,8 +67,8 @@ class Batches:
 
     def offsets(self, step: int) -> np.ndarray:
         """Where the windows of a step begin, (batch_size,) int64."""
-        positions = len(self.ids) - self.block_size
-        offsets = crop_offsets(self.seed, step, self.batch_size, positions)
+        n_starts = len(self.ids) - self.block_size
+        offsets = crop_offsets(self.seed, step, self.batch_size, n_starts)
         if self.mark is None:
             return offsets
         return self.starts[np.searchsorted(self.starts, offsets, side="right") - 1]
@@ -81,7 +80,7 @@ class Batches:
 
     def micro_batches(
         self, step: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> Iterator[Pair]:
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The step's windows in groups: group rank, rank + world_size, ... of them."""
         offsets = self.offsets(step)
         first, stride = rank * micro_batch_size, world_size * micro_batch_size

@@ -35,8 +35,8 @@ GPT2_ALTERNATIVES = (
     r" ?\p{N}++",  # digits and other numbers, likewise
     r" ?[^\s\p{L}\p{N}]++",  # everything else that can be seen, likewise
     r"\s++$",  # white space at the end of the text
-    r"\s+(?!\S)",  # a run of white space, without its last character ...
-    r"\s",  # ... which is left for the word that follows, or stands alone
+    r"\s+(?!\S)",  # white space before a word, without its last character ...
+    r"\s",  # ... which is left for the word, or stands alone
 )
 GPT2_PATTERN = "|".join(GPT2_ALTERNATIVES)
 

@@ -47,7 +47,7 @@ def test_offsets_stay_in_bounds(positions):
 
 
 def test_more_positions_than_32_bits():
-    with pytest.raises(ValueError, match="positions are more than"):
+    with pytest.raises(ValueError, match="starts are more than"):
         crop_offsets(0, 0, 1, 2**32 + 1)
 
 
