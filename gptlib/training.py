@@ -47,23 +47,43 @@ class Precision:
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
-CROPS = ("random", "documents")
-COUNT, SHARE, RATE = (1, 10**8), (0.0, 1.0), (0.0, 10.0)
+class WithLoss(nn.Module):
+    """A model and its loss function as one module: (tokens, targets) -> loss."""
+
+    def __init__(self, model: GPT, loss_fn: Callable[..., Tensor]):
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.loss_fn(self.model, *batch)
 
 
-LIMITS = {  # lowest and highest value of each number in a configuration
-    **dict.fromkeys(("steps", "batch_size", "eval_interval", "eval_sequences"), COUNT),
-    **dict.fromkeys(("warmup_fraction", "cooldown_fraction"), SHARE),
-    **dict.fromkeys(("learning_rate", "final_learning_rate", "weight_decay"), RATE),
-    **dict.fromkeys(("beta1", "beta2"), (0.0, 0.99999)),
-    "seed": (0, 2**63 - 1),
-    "decay_fraction": (0.0, 100.0),
-    "grad_clip": (0.0, 1e6),
-}
+def plain_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats per token, from all logits at once."""
+    return model(tokens, targets)[1]
+
+
+EVAL_STEP = 2**63  # a key that no training step has
+
+
+@torch.no_grad()
+def validation_loss(
+    module: nn.Module, batches: Batches, precision: Precision, micro_batch_size: int
+) -> float:
+    """Mean loss of `batches.batch_size` crops, the same ones at every call."""
+    device = next(module.parameters()).device
+    was_training = module.training
+    module.eval()
+    total = torch.zeros((), device=device)
+    for batch in to_device(batches.micro_batches(EVAL_STEP, micro_batch_size), device):
+        with precision.autocast():
+            total += module(*batch) * len(batch[0])  # the last one may be smaller
+    module.train(was_training)
+    return (total / batches.batch_size).item()
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class Settings:
     """What decides the numbers of a run. The defaults are the report's run."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
@@ -88,6 +108,26 @@ class TrainConfig:
     grad_clip: float = 1.0  # longest gradient; 0: no clipping
     eval_interval: int = 100  # steps
     eval_sequences: int = 240  # crops of the validation split, the same each time
+
+
+CROPS = ("random", "documents")
+COUNT, SHARE, RATE = (1, 10**8), (0.0, 1.0), (0.0, 10.0)
+
+
+LIMITS = {  # lowest and highest value of each number in a configuration
+    **dict.fromkeys(("steps", "batch_size", "eval_interval", "eval_sequences"), COUNT),
+    **dict.fromkeys(("warmup_fraction", "cooldown_fraction"), SHARE),
+    **dict.fromkeys(("learning_rate", "final_learning_rate", "weight_decay"), RATE),
+    **dict.fromkeys(("beta1", "beta2"), (0.0, 0.99999)),
+    "seed": (0, 2**63 - 1),
+    "decay_fraction": (0.0, 100.0),
+    "grad_clip": (0.0, 1e6),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """The settings, checked, and the learning rate that follows from them."""
 
     def __post_init__(self):
         for name, (low, high) in LIMITS.items():
@@ -276,22 +316,6 @@ class World:
 ALONE = World()
 
 
-class WithLoss(nn.Module):
-    """A model and its loss function as one module: (tokens, targets) -> loss."""
-
-    def __init__(self, model: GPT, loss_fn: Callable[..., Tensor]):
-        super().__init__()
-        self.model, self.loss_fn = model, loss_fn
-
-    def forward(self, *batch: Tensor) -> Tensor:
-        return self.loss_fn(self.model, *batch)
-
-
-def plain_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per token, from all logits at once."""
-    return model(tokens, targets)[1]
-
-
 def seed_dropout(config: TrainConfig, step: int, micro_batch: int, rank: int) -> None:
     """Make the dropout masks a function of the place in the run."""
     if config.model.dropout:
@@ -317,23 +341,23 @@ def training_step(
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     loss = torch.zeros((), device=device)
-    for i, batch in enumerate(to_device(micro_batches, device)):
-        seed_dropout(config, state.step, i, world.rank)
-        with world.accumulate(module, last=i == n - 1):
-            with state.precision.autocast():
+    for i, batch in enumerate(to_device(micro_batches, device)):  # new: to_device
+        seed_dropout(config, state.step, i, world.rank)  # new
+        with world.accumulate(module, last=i == n - 1):  # new
+            with state.precision.autocast():  # new
                 part = module(*batch) / n  # mean over the step, not the micro-batch
-            state.scaler.scale(part).backward()
+            state.scaler.scale(part).backward()  # new: scale
         loss += part.detach()
-    state.scaler.unscale_(state.optimizer)  # the clip must see true gradients
+    state.scaler.unscale_(state.optimizer)  # new: the clip must see true gradients
     limit = config.grad_clip or math.inf
     norm = nn.utils.clip_grad_norm_(list(state.model.parameters()), limit)
     row = {"step": state.step + 1, "loss": world.mean(loss).item()}
-    row |= {"grad_norm": norm.item(), "learning_rate": rate}
-    check_finite(state, row)
-    if state.scaler.is_enabled():
-        row |= {"scale": state.scaler.get_scale(), "skipped": state.skipped}
+    row["grad_norm"], row["learning_rate"] = norm.item(), rate
+    check_finite(state, row)  # new
+    if state.scaler.is_enabled():  # new
+        row["scale"], row["skipped"] = state.scaler.get_scale(), state.skipped
     state.scaler.step(state.optimizer)  # skips itself if a gradient is not finite
-    state.scaler.update()
+    state.scaler.update()  # new
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     return row
@@ -375,22 +399,3 @@ def train(
             crops = ", ".join(str(o) for o in batches.offsets(state.step)[:8])
             raise TrainingError(f"{error}; its crops begin at {crops}") from None
         stop = on_step(row)
-
-
-EVAL_STEP = 2**63  # a key that no training step has
-
-
-@torch.no_grad()
-def validation_loss(
-    module: nn.Module, batches: Batches, precision: Precision, micro_batch_size: int
-) -> float:
-    """Mean loss of `batches.batch_size` crops, the same ones at every call."""
-    device = next(module.parameters()).device
-    was_training = module.training
-    module.eval()
-    total = torch.zeros((), device=device)
-    for batch in to_device(batches.micro_batches(EVAL_STEP, micro_batch_size), device):
-        with precision.autocast():
-            total += module(*batch) * len(batch[0])  # the last one may be smaller
-    module.train(was_training)
-    return (total / batches.batch_size).item()

@@ -67,7 +67,7 @@ def sample(options: SampleOptions) -> None:
 HELP = {  # topic: the classes whose fields are its options
     "pretrain": ("pretraining.Pretrain", "workshop.runs.RunOptions"),
     "plan": ("pretraining.Pretrain", "workshop.runs.RunOptions"),
-    "settings": ("training.TrainConfig", "gpt.GPTConfig"),
+    "settings": ("training.Settings", "gpt.GPTConfig"),
     "sample": ("workshop.command.SampleOptions",),
     "evaluate": ("evaluation.EvaluationOptions",),
     "probe": ("workshop.probes.ProbeOptions",),
