@@ -2,12 +2,14 @@
 
 import contextlib
 import io
+import json
 import math
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -611,3 +613,19 @@ def test_the_command(base):
     done = command(base, "--run", "base", "--task", "nonsense", "--out", "none")
     assert done.returncode == 1 and "unknown task 'nonsense'" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+# the ledger
+
+
+def test_the_ledger_measured_whole_runs():
+    folder = Path(__file__).parents[1] / "ledger" / "rewards"
+    for name in ("tinywiki-length", "tinywiki-first-word"):
+        record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        steps = [row["step"] for row in record["curve"]]
+        assert steps == [i * steps[-1] // 5 for i in range(6)], name
+        assert len(record["log"]) == steps[-1], name
+    record = json.loads((folder / "tinywiki.json").read_text(encoding="utf-8"))
+    budget = record["rewards"]["cost"]
+    for name in ("rejection", "best_of"):
+        assert 0.9 * budget < record[name]["cost"] <= budget, name
