@@ -15,7 +15,7 @@ BUILD = $(BIN)/jupyter-book build --quiet . --path-output .
 LABCONFIG = $(VENV)/etc/jupyter/labconfig
 QUIET = mkdir -p $(LABCONFIG) && cp tools/jupyterlab.json $(LABCONFIG)/default_setting_overrides.json
 
-.PHONY: help book test check pytest notebooks site pdf lab tangle weave format clean
+.PHONY: help book test check pytest coverage notebooks site pdf lab tangle weave format clean
 
 help:
 	@echo "make book    execute every notebook, train the demo model, render the site; changes no file that git knows"
@@ -25,6 +25,7 @@ help:
 	@echo "make weave   after editing a manuscript: gptlib, the library index and the notebooks that changed"
 	@echo "make site    render the stored notebooks"
 	@echo "make pdf     the whole book as one PDF, _build/book.pdf; needs Chromium"
+	@echo "make coverage  pytest once more, and how many lines and branches of gptlib it takes"
 	@echo "make tangle  rewrite gptlib     make format  ruff, in manuscripts too     make clean"
 
 # a marker newer than the requirements says that the environment is complete
@@ -59,6 +60,10 @@ check: $(VENV)/.complete
 
 pytest: $(VENV)/.complete
 	$(PY) -m pytest --ignore=tests/test_site.py
+
+coverage: $(VENV)/.complete
+	$(PY) -m coverage run -m pytest --ignore=tests/test_site.py
+	$(PY) -m coverage report
 
 notebooks: $(VENV)/.complete
 	$(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=1800 -p no:cacheprovider notebooks
