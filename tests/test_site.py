@@ -7,6 +7,7 @@ Chromium, and axe-core where the package `axe-core-python` is installed.
 import functools
 import http.server
 import importlib.util
+import io
 import json
 import os
 import re
@@ -19,8 +20,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from browser import Browser, chromium
+from PIL import Image
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +132,29 @@ def test_styles_lose_what_no_page_names():
         ".a{top: 0}", "p > .bs-tip{top: 0}", "@media print{.a:not(.c){top: 0}}",
         "@font-face { font-family: x }", "#b{top: 0}",
     ]  # fmt: skip
+
+
+def test_figures_lose_bytes_and_hardly_a_colour(tmp_path):
+    sys.path.insert(0, str(ROOT / "book/_ext"))
+    from lighter import fewer_colours
+
+    (tmp_path / "_images").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 4), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "_images/transparent.png")
+    figure = plt.figure()
+    plt.plot(np.arange(50) ** 2, "o-")
+    figure.savefig(tmp_path / "_images/figure.png")
+    plt.close(figure)
+    before = {p.stem: p.read_bytes() for p in tmp_path.glob("_images/*")}
+    fewer_colours(tmp_path)
+    after = {p.stem: p.read_bytes() for p in tmp_path.glob("_images/*")}
+    assert after["transparent"] == before["transparent"]
+    assert len(after["figure"]) < 0.6 * len(before["figure"])
+    old, new = (
+        np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+        for data in (before["figure"], after["figure"])
+    )
+    assert np.abs(old - new).max() <= 16
 
 
 def test_a_fold_says_what_it_holds():

@@ -1,4 +1,4 @@
-"""The theme's style sheets without the rules and icons that no page of the book uses.
+"""A lighter site: style sheets without what no page uses, figures with 256 colours.
 
 A rule stays if the pages or their scripts name its classes. The font of icons keeps the
 icons that a style sheet still names.
@@ -6,11 +6,13 @@ icons that a style sheet still names.
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
 import tinycss2  # nbconvert brings it
-from fontTools import subset  # matplotlib brings it
+from fontTools import subset  # matplotlib brings both
+from PIL import Image
 
 
 WORD = re.compile(r"[\w-]+")
@@ -103,6 +105,22 @@ def make_lighter(site: Path) -> None:
         subsetter.populate(text="".join(icons))
         subsetter.subset(font)
         subset.save_font(font, str(path), options)
+
+
+def fewer_colours(site: Path) -> None:
+    """Write each opaque figure with a palette of 256 colours, if that is shorter."""
+    for path in site.glob("_images/*.png"):
+        with Image.open(path) as image:
+            alpha = image.getchannel("A") if "A" in image.mode else None
+            opaque = alpha is None or alpha.getextrema()[0] == 255
+            if image.mode == "P" or not opaque:
+                continue
+            how = {"method": Image.Quantize.MEDIANCUT, "dither": Image.Dither.NONE}
+            small = image.convert("RGB").quantize(256, **how)
+        file = io.BytesIO()
+        small.save(file, "PNG", optimize=True)
+        if file.tell() < path.stat().st_size:
+            path.write_bytes(file.getvalue())
 
 
 def take_new_styles(app) -> None:

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from docutils import nodes
-from lighter import make_lighter, take_new_styles
+from lighter import fewer_colours, make_lighter, take_new_styles
 
 
 # of MathJax what `mathjax3_config` names: no menu, and no TeX beyond amsmath
@@ -184,6 +184,7 @@ def prune(app, exception) -> None:
         if shorter != text:
             page.write_text(shorter, encoding="utf-8")
     make_lighter(Path(app.outdir))
+    fewer_colours(Path(app.outdir))
     link_pdf(Path(app.outdir))
 
 
