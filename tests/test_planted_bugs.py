@@ -76,7 +76,7 @@ STATE = "training::a_state_gives_back_every_part_of_it"
 MEAN = "training::the_gradient_is_that_of_the_mean_loss_of_the_whole_batch"
 CACHED = "sampling::cached_equals_uncached_beyond_the_block"
 KEPT = "sampling::top_k_and_top_p"
-RATES = "objective::every_schedule_climbs_stays_between_and_ends"
+RATES = "objective::every_schedule_stays_between_and_ends"
 UNSCALED = "state.scaler.unscale_(state.optimizer)"
 CLIP = "norm = nn.utils.clip_grad_norm_("
 
@@ -92,7 +92,7 @@ BUGS = [
     Bug("influence sums over channels", "attention", ".amax(dim=(1, 3))", ".sum(dim=(1, 3))", "attention::influence_is_the_largest_slope"),
     # heads
     Bug("heads joined without the transposition", "multi_head", "y.transpose(1, 2).reshape", "y.reshape", HEADS),
-    Bug("heads cut from positions", "multi_head", "t.view(shape).transpose(1, 2)", "t.reshape(B, self.n_head, T, -1)", HEADS),
+    Bug("heads cut from positions", "multi_head", "z.view(shape).transpose(1, 2)", "z.reshape(B, self.n_head, T, -1)", HEADS),
     Bug("c_proj missing", "multi_head", "self.c_proj(y)", "y", HEADS),
     Bug("queries and keys swapped", "multi_head", "        q, k, v = self.c_attn", "        k, q, v = self.c_attn", HEADS),
     Bug("cache not read", "multi_head", "k, v = cache.update(k, v)", "cache.update(k, v)", "attention::a_cache_gets_the_new_keys_and_gives_all"),
