@@ -34,6 +34,7 @@ posix = pytest.mark.skipif(
     os.name != "posix", reason="needs POSIX signals and processes"
 )
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=320)
+WIKITEXT = "wikitext-sample:wikitext-103-raw-v1"
 BYTES = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})
 
 

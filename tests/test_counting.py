@@ -1,15 +1,12 @@
 """Counting: layouts and rules against the rows of WikiText, small and real."""
 
 import math
-import os
-from pathlib import Path
 
 import pytest
-from engine import BYTES, model_of
+from engine import BYTES, WIKITEXT, model_of
 
-from gptlib.corpus import documents_of_rows, load_corpus
+from gptlib.corpus import documents_of_rows
 from gptlib.evaluation import all_protocols, evaluate
-from gptlib.tokenizer import TokenizerError, load_tokenizer
 from gptlib.workshop.counting import (
     LAYOUTS,
     detokenise,
@@ -21,7 +18,6 @@ from gptlib.workshop.counting import (
 from gptlib.workshop.token_files import load_tokens
 
 
-WIKITEXT = "wikitext-sample:wikitext-103-raw-v1"
 ROWS = [
     "",
     " = Ferry = \n",
@@ -112,18 +108,6 @@ def test_every_protocol_counts_the_same_words():
     lines = protocol_table(found).splitlines()
     assert len(lines) == len(found) + 1
     assert lines[1].split()[-4:-2] == [f"{sum(ours.tokens)}", f"{ours.perplexity:.1f}"]
-
-
-@pytest.fixture(scope="module")
-def wikitext():
-    if not os.environ.get("GPTLIB_DATA"):
-        pytest.skip("GPTLIB_DATA is not set: the real validation split is not here")
-    if not (Path(os.environ["GPTLIB_DATA"]) / "wikitext-sample").is_dir():
-        pytest.skip("no wikitext-sample below GPTLIB_DATA")
-    try:
-        return load_tokenizer("gpt2"), list(load_corpus(WIKITEXT).pieces("validation"))
-    except TokenizerError as error:
-        pytest.skip(f"no GPT-2 vocabulary: {error}")
 
 
 def test_layouts_of_the_real_validation_split(wikitext):

@@ -3,17 +3,14 @@
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from engine import BYTES, model_of
+from engine import BYTES, WIKITEXT, model_of
 
-from gptlib.corpus import load_corpus
 from gptlib.evaluation import (
     Evaluation,
     evaluate,
@@ -23,11 +20,7 @@ from gptlib.evaluation import (
     windows,
 )
 from gptlib.gpt import GPT, GPTConfig
-from gptlib.tokenizer import TokenizerError, load_tokenizer
 from gptlib.workshop.token_files import TokenSplit, load_tokens
-
-
-WIKITEXT = "wikitext-sample:wikitext-103-raw-v1"
 
 
 def split_of(texts: list[str], **record) -> TokenSplit:
@@ -231,18 +224,6 @@ def test_the_mean_of_windows_weighs_the_short_one_as_much():
 
 
 # The real validation split
-
-
-@pytest.fixture(scope="module")
-def wikitext():
-    if not os.environ.get("GPTLIB_DATA"):
-        pytest.skip("GPTLIB_DATA is not set: the real validation split is not here")
-    if not (Path(os.environ["GPTLIB_DATA"]) / "wikitext-sample").is_dir():
-        pytest.skip("no wikitext-sample below GPTLIB_DATA")
-    try:
-        return load_tokenizer("gpt2"), list(load_corpus(WIKITEXT).pieces("validation"))
-    except TokenizerError as error:
-        pytest.skip(f"no GPT-2 vocabulary: {error}")
 
 
 def test_counts_of_the_real_validation_split(wikitext):
