@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +52,28 @@ class GPTConfig:
             known = ", ".join(ACTIVATIONS)
             raise GptlibError(f"unknown activation {self.activation!r}; choose {known}")
 
+    def block(self, layer: int) -> nn.Module:
+        """A new block, (B, T, C) -> (B, T, C), for the 0-based layer."""
+        return Block(
+            self.n_embd,
+            self.n_head,
+            bias=self.bias,
+            dropout=self.dropout,
+            activation=self.activation,
+        )
+
+    def norm_layer(self) -> nn.Module:
+        """A new norm, (..., C) -> (..., C)."""
+        return nn.LayerNorm(self.n_embd, bias=self.bias)
+
+    def position_table(self) -> nn.Embedding | None:
+        """A row of C numbers for each position; None for a model without them."""
+        return nn.Embedding(self.block_size, self.n_embd)
+
+    def untied_head(self) -> nn.Linear | None:
+        """None: the head is the token table."""
+        return None
+
 
 class GPT(nn.Module):
     """GPT-2: two embeddings, `n_layer` blocks, a norm, a head tied to the embedding.
@@ -64,13 +85,11 @@ class GPT(nn.Module):
         super().__init__()
         c = self.config = config
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)  # also the output head
-        self.wpe = nn.Embedding(c.block_size, c.n_embd)
+        self.wpe = c.position_table()
         self.drop = nn.Dropout(c.dropout)
-        options: dict[str, Any] = {"bias": c.bias, "dropout": c.dropout}
-        options["activation"] = c.activation
-        blocks = (Block(c.n_embd, c.n_head, **options) for _ in range(c.n_layer))
-        self.h = nn.ModuleList(blocks)
-        self.ln_f = nn.LayerNorm(c.n_embd, bias=c.bias)
+        self.h = nn.ModuleList(c.block(layer) for layer in range(c.n_layer))
+        self.ln_f = c.norm_layer()
+        self.lm_head = c.untied_head()
         self.apply(init_weights)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):  # writes to the residual stream
@@ -88,14 +107,22 @@ class GPT(nn.Module):
                 f"{stop} tokens are more than the block_size of "
                 f"{self.config.block_size}; crop the oldest"
             )
-        x = self.drop(self.wte(tokens) + self.wpe.weight[start:stop])  # (B, T, C)
+        x = self.wte(tokens)  # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[start:stop]
+        x = self.drop(x)
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache.layers[i])
         return self.ln_f(x)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C), a row for each token: the token table itself if they are tied."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
     def head(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V) logits: the inner product with every token's row."""
-        return F.linear(hidden, self.wte.weight)
+        return F.linear(hidden, self.head_weight)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None
@@ -112,7 +139,9 @@ class GPT(nn.Module):
     def n_parameters(self, *, include_positions: bool = False) -> int:
         """Number of parameters; as in Table 1, the position table is left out."""
         total = sum(p.numel() for p in self.parameters())
-        return total if include_positions else total - self.wpe.weight.numel()
+        if self.wpe is None or include_positions:
+            return total
+        return total - self.wpe.weight.numel()
 
     def flops_per_token(self) -> int:
         """Floating-point operations of a training step, per token.
@@ -120,8 +149,10 @@ class GPT(nn.Module):
         Six per weight of every matmul, the head included, and 12 * n_layer * n_embd *
         block_size for attention. Source: Chowdhery et al. 2022, appendix B.
         """
-        c = self.config
-        return 6 * self.n_parameters() + 12 * c.n_layer * c.n_embd * c.block_size
+        c, weights = self.config, self.n_parameters()
+        if self.lm_head is not None:
+            weights -= self.wte.weight.numel()  # it is looked up, not multiplied
+        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
     @property
     def device(self) -> torch.device:

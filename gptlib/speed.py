@@ -10,7 +10,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -218,17 +218,22 @@ def head_loss(
 def chunked_loss(model: GPT, tokens: Tensor, targets: Tensor, **options) -> Tensor:
     """The loss of `plain_loss` without all logits at once; options of `head_loss`."""
     hidden = model.hidden(tokens).flatten(0, 1)
-    return head_loss(hidden, model.wte.weight, targets.flatten(), **options)
+    return head_loss(hidden, model.head_weight, targets.flatten(), **options)
 
 
 @functools.cache
-def compiled_hidden(device: torch.device) -> Callable[[GPT, Tensor], Tensor]:
-    """`GPT.hidden` compiled, where values and gradients are right; else as it is."""
+def compiled_hidden(
+    device: torch.device, config: GPTConfig
+) -> Callable[[GPT, Tensor], Tensor]:
+    """`GPT.hidden` compiled, where values and gradients are right; else as it is.
+
+    config: a small one with the parts of the model.
+    """
     compiled = compile_apart(GPT.hidden)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(1, 2, 64, 32, vocab_size=203))
-    model, tokens = model.to(device), torch.arange(64, device=device).view(2, 32)
+        model = GPT(config).to(device)
+    tokens = torch.arange(64, device=device).view(2, 32)
 
     def results(hidden: Callable) -> list[Tensor]:
         x = hidden(model, tokens)
@@ -237,6 +242,12 @@ def compiled_hidden(device: torch.device) -> Callable[[GPT, Tensor], Tensor]:
 
     both = [functools.partial(results, f) for f in (compiled, GPT.hidden)]
     return compiled if is_trusted("the blocks", *both, tolerance=0.01) else GPT.hidden
+
+
+def small_like(config: GPTConfig) -> GPTConfig:
+    """A small configuration whose model has the same parts."""
+    size = {"n_embd": 32 * config.n_head, "block_size": 32, "vocab_size": 203}
+    return replace(config, n_layer=1, dropout=0.0, **size)
 
 
 @dataclass(frozen=True)
@@ -249,12 +260,14 @@ class FastLoss:
     def __call__(self, model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
         """(B, T) tokens and targets -> mean cross-entropy in nats per token."""
         compiled = self.compiled and torch.is_grad_enabled()
-        hidden = compiled_hidden(tokens.device) if compiled else GPT.hidden
+        hidden = GPT.hidden
+        if compiled:
+            hidden = compiled_hidden(tokens.device, small_like(model.config))
         x, targets = hidden(model, tokens).flatten(0, 1), targets.flatten()
         if not self.chunked:
             return F.cross_entropy(model.head(x).float(), targets)
         softmax = "compiled" if compiled else None
-        return head_loss(x, model.wte.weight, targets, softmax=softmax)
+        return head_loss(x, model.head_weight, targets, softmax=softmax)
 
 
 def fast_loss(vocab_size: int, device_type: str = "cpu") -> FastLoss:
@@ -315,7 +328,7 @@ class OneRowGPT(GPT):
             super().__init__(model.config)
             self.table = nn.Linear(model.config.n_embd, model.config.vocab_size, False)
         self.load_state_dict(
-            model.state_dict() | {"table.weight": model.wte.weight.detach()},
+            model.state_dict() | {"table.weight": model.head_weight.detach()},
             assign=True,
         )
         self.requires_grad_(False)
@@ -335,7 +348,7 @@ def sampling_copy(model: GPT, *, dtype: torch.dtype | None = None) -> GPT:
     fp32 and within what rounding the weights leaves in bf16. In the model's own type
     the tensors are shared and follow its training; in another they do not.
     """
-    weight = model.wte.weight
+    weight = model.head_weight
     dtype = dtype or weight.dtype
     if weight.device.type != "cpu" or not compiled_products(weight.shape, dtype):
         return model

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gptlib import GptlibError
 from gptlib.batches import Batches, to_device
+from gptlib.decoder import DecoderConfig, model_config
 from gptlib.gpt import GPT, GPTConfig
 from gptlib.objective import OPTIMIZERS, SCHEDULES, CombinedOptimizer
 
@@ -165,7 +166,7 @@ class TrainConfig(Settings):
     @classmethod
     def from_dict(cls, values: dict) -> "TrainConfig":
         """The inverse of `dataclasses.asdict`; reads what older versions wrote."""
-        values = {**values, "model": GPTConfig(**values["model"])}
+        values = {**values, "model": model_config(values["model"])}
         if "schedule" not in values:  # once a cool-down of None meant the cosine
             cooldown = values.pop("cooldown_fraction", None)
             values["schedule"] = "cosine" if cooldown is None else "trapezoid"
@@ -216,6 +217,17 @@ PRESETS = {
         steps=20_000,
         warmup_fraction=0.035,
         decay_fraction=1.0,
+    ),
+    "llama": TrainConfig(  # Table 1's size, chapter 24
+        model=DecoderConfig(norm="rms", positions="rotary", mlp="swiglu", n_kv_head=2)
+    ),
+    "bloom": TrainConfig(
+        model=DecoderConfig(
+            bias=True,
+            activation="gelu_tanh",
+            positions="alibi",
+            norm_embedding=True,
+        )
     ),
 }
 

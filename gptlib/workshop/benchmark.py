@@ -43,7 +43,7 @@ def library_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     """The same loss by PyTorch's own chunked function. Needs PyTorch 2.13."""
     hidden = model.hidden(tokens).flatten(0, 1).float()
     options = torch.nn.LinearCrossEntropyOptions()
-    args = hidden, model.wte.weight, targets.flatten()
+    args = hidden, model.head_weight, targets.flatten()
     return F.linear_cross_entropy(*args, options=options)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptlib import GptlibError
+from gptlib.decoder import all_fields
 from gptlib.gpt import GPT
 from gptlib.sampling import sample_texts, stream_text
 from gptlib.tokenizer import Tokenizer
@@ -180,13 +181,12 @@ def load_run(path: Path | str, which: str = "best", *, device: str = "cpu") -> R
 
 def load_init(model: GPT, source: Run, tokenizer: Tokenizer) -> None:
     """Copy the weights of a run into a model. Raises RunError if they do not fit."""
-    there, here = source.model.config, model.config
-    for field in dataclasses.fields(here):
-        was, now = getattr(there, field.name), getattr(here, field.name)
-        if was != now and field.name != "dropout":
+    there, here = all_fields(source.model.config), all_fields(model.config)
+    for name, was in there.items():
+        if was != here[name] and name != "dropout":
             raise RunError(
-                f"--init {source.path}: its model has {field.name} = {was}, this one "
-                f"{now}; set --model.{field.name.replace('_', '-')} {was}"
+                f"--init {source.path}: its model has {name} = {was}, this one "
+                f"{here[name]}; set --model.{name.replace('_', '-')} {was}"
             )
     if source.tokenizer.hash != tokenizer.hash:
         raise RunError(
