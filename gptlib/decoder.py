@@ -75,7 +75,7 @@ def rotary_table(length: int, *options) -> tuple[Tensor, Tensor]:
 def alibi_slopes(n_head: int) -> Tensor:
     """The slope of each head, (n_head,); for 8 heads 1/2, 1/4, ..., 1/256.
 
-    If n_head is no power of 2, heads of the next one fill up. Source: Press et al. 2021.
+    If n_head is no power of 2, heads of the next one fill up. Press et al. 2021.
     """
     power = 2 ** math.floor(math.log2(n_head))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]

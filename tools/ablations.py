@@ -1,8 +1,8 @@
-"""Ablations: which change of the optimisation reaches a loss with fewer tokens?
+"""Ablations: which change of training or of the model reaches a loss with fewer tokens?
 
 `python tools/ablations.py GROUP` runs what the group still lacks in
-ledger/ablations/runs.jsonl, two runs at a time with one thread each; chapter 11 draws
-it. Model, data and budget were fixed before the first run: 4 layers of width 128 on the
+ledger/ablations/runs.jsonl, two runs at a time with one thread each. Chapter 24 shows
+the groups `parts` and `part-rates`, and the page "What did not work" the others. Model, data and budget were fixed before the first run: 4 layers of width 128 on the
 books, a vocabulary of 2,048 tokens trained on them, 2,048,000 tokens of training (a
 third of it where said), every schedule scaled to the length of its run. The final loss
 is that of the same 131,072 validation tokens. Needs GPTLIB_DATA, the folder that holds
@@ -86,12 +86,43 @@ GROUPS = {
     ),
 }
 
+# chapter 24: the best third of the tokens so far, with other parts of the model
+THIRD = ALL | {"batch_size": 8, "steps": 2 * STEPS // 3}
+MODERN = {"norm": "rms", "positions": "rotary", "mlp": "swiglu", "qk_norm": True}
+PARTS = {
+    "gpt2": {},
+    "modern": MODERN,
+    "rotary": {"positions": "rotary"},
+    "swiglu": {"mlp": "swiglu"},
+    "rms": {"norm": "rms"},
+    "alibi": {"positions": "alibi"},
+    "qk-norm": {"qk_norm": True},
+    "grouped": {"n_kv_head": 2},
+    "untied": {"tied_head": False},
+}
+GROUPS["parts"] = (
+    {name: THIRD | {"model": parts} for name, parts in PARTS.items()},
+    [1, 2, 3],
+)
+GROUPS["part-rates"] = (
+    {
+        f"{name}, rate {factor:g}": THIRD
+        | {"model": PARTS[name], "learning_rate": MUON * factor}
+        for name in ("gpt2", "modern", "rotary")
+        for factor in (0.5, 2)
+    },
+    [1],
+)
+
 
 def config_of(changes: dict, seed: int, tokenizer: Path):
-    from gptlib.gpt import GPTConfig
+    from gptlib.decoder import model_config
     from gptlib.training import TrainConfig
 
-    model = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=2048)
+    shape = {"n_layer": 4, "n_head": 4, "n_embd": 128}
+    shape |= {"block_size": 128, "vocab_size": 2048}
+    model = model_config(shape | changes.get("model", {}))
+    changes = {name: value for name, value in changes.items() if name != "model"}
     settings = (
         {"learning_rate": ADAMW, "steps": STEPS, "batch_size": 16} | REPORT | changes
     )
@@ -122,6 +153,7 @@ def own_tokenizer() -> Path:
 def run_one(name: str, changes: dict, seed: int) -> dict:
     """Train one candidate and give its line of the ledger."""
     from gptlib.evaluation import token_losses
+    from gptlib.workshop.devices import describe_code
     from gptlib.workshop.runs import RunOptions, run_training
     from gptlib.workshop.token_files import load_tokens
     from gptlib.workshop.watching import read_rows
@@ -147,6 +179,7 @@ def run_one(name: str, changes: dict, seed: int) -> dict:
         "tokens": config.steps * config.tokens_per_step,
         "parameters": run.model.n_parameters(),
         "seconds": sum(r.get("seconds_per_step", 0) for r in times), "config": settings,
+        "code": describe_code(),
     }  # fmt: skip
 
 
@@ -192,7 +225,7 @@ def main() -> None:
     own_tokenizer()
     done = {(row["name"], row["seed"]) for row in rows()}
     missing = [(name, s) for s in seeds for name in candidates if (name, s) not in done]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(int(os.environ.get("RUNS_AT_ONCE", "2"))) as pool:
         list(pool.map(lambda pair: start(group, *pair), missing))
 
 
