@@ -201,21 +201,21 @@ CHOICES = {
 class DecoderConfig(GPTConfig):
     """Shape and parts of a decoder. The defaults are GPT-2's parts."""
 
-    norm: str = "layer"  # or rms
+    norm: str = "layer"  # layer or rms
     norm_eps: float = 1e-5
-    positions: str = "learned"  # or rotary, alibi
-    rope_base: float = 10_000.0
-    rope_scaling: str = "none"  # or linear, llama3
+    positions: str = "learned"  # learned, rotary or alibi
+    rope_base: float = 10_000.0  # larger: slower angles
+    rope_scaling: str = "none"  # none, linear or llama3
     rope_factor: float = 1.0
     rope_original: int = 8192  # llama3: the context before it was made longer
-    mlp: str = "gelu"  # or swiglu
-    n_inner: int | None = None  # width inside a swiglu; None: 8/3 n_embd
+    mlp: str = "gelu"  # gelu or swiglu
+    n_inner: int | None = None  # width in a swiglu; None: 8/3 n_embd
     n_kv_head: int | None = None  # heads of keys and values; None: n_head
     head_size: int | None = None  # None: n_embd / n_head
-    qkv_bias: bool = False  # biases of queries, keys, values though bias is off
+    qkv_bias: bool = False  # their biases even if bias is off
     qk_norm: bool = False  # an RMSNorm of each query and key
     norm_embedding: bool = False  # a norm before the first block
-    tied_head: bool = True
+    tied_head: bool = True  # the head is the token table
 
     def __post_init__(self):
         super().__post_init__()

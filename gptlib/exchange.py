@@ -22,15 +22,24 @@ import tyro
 from torch import Tensor
 
 from gptlib.corpus import has_network
+from gptlib.decoder import DecoderConfig
 from gptlib.gpt import GPT, GPTConfig
 from gptlib.tokenizer import Tokenizer
 from gptlib.training import TrainConfig, TrainState, optimizer_of
 from gptlib.workshop.checkpoints import Checkpoints
 from gptlib.workshop.devices import describe_code, describe_machine
+from gptlib.workshop.families import (
+    FAMILIES,
+    family_of,
+    from_family,
+    our_decoder_config,
+    to_family,
+)
 from gptlib.workshop.files import write_whole
 from gptlib.workshop.run_folders import Run, load_run
 from gptlib.workshop.tokenizer_json import (
     ExchangeError,
+    foreign_tokenizer,
     from_tokenizer_json,
     read_json,
     to_fast_tokenizer,
@@ -91,11 +100,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 MODEL_CARD = """---
 library_name: transformers
-tags: [gpt2, from-scratch]
+tags: [{kind}, from-scratch]
 ---
 # {name}
 
-A GPT-2 of {parameters:,} parameters (positions not counted), trained with gptlib on
+A {kind} of {parameters:,} parameters (positions not counted), trained with gptlib on
 {corpus}: {step:,} of {steps:,} steps of {tokens:,} tokens. Validation loss {loss} nats
 per token, on fixed random crops. Shape: {n_layer} layers, {n_head} heads, {n_embd}
 wide, context {block_size}; tokenizer {tokenizer}, {n_vocab:,} tokens. It continues text
@@ -115,8 +124,11 @@ def model_card(run: Run) -> str:
         if row.get("step") == run.step and "validation_loss" in row
     ]
     shape = dataclasses.asdict(run.model.config) | {"n_vocab": run.tokenizer.n_vocab}
+    config = run.model.config
+    kind = family_of(config) if isinstance(config, DecoderConfig) else "gpt2"
     return MODEL_CARD.format(
         name=run.path.name,
+        kind=kind,
         parameters=run.model.n_parameters(),
         corpus=Path(run.config.corpus).name,
         step=run.step,
@@ -161,15 +173,20 @@ def export_run(run: Run, out: Path | str, *, dtype: str = "fp32") -> Path:
 
     check_finite(run.model.state_dict())
     n_vocab, end = run.tokenizer.n_vocab, run.tokenizer.end_of_text
-    weights = to_gpt2_weights(run.model, n_vocab)
-    weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    with new_folder(out) as scratch:
-        theirs: Any = GPT2LMHeadModel(gpt2_config(run.model.config, n_vocab, end))
+    theirs: Any
+    if isinstance(run.model.config, DecoderConfig):
+        theirs = to_family(run.model, n_vocab, end)
+    else:
+        weights = to_gpt2_weights(run.model, n_vocab)
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        theirs = GPT2LMHeadModel(gpt2_config(run.model.config, n_vocab, end))
         theirs.load_state_dict(weights)
+    with new_folder(out) as scratch:
         theirs.to(DTYPES[dtype]).save_pretrained(scratch)
         fast = to_fast_tokenizer(run.tokenizer, run.model.config.block_size)
         fast.save_pretrained(scratch)
-        ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+        ids = {"bos_token_id": run.tokenizer.start_of_text, "eos_token_id": end}
+        ids |= {"pad_token_id": end}
         GenerationConfig(**ids, do_sample=True).save_pretrained(scratch)
         (scratch / "README.md").write_text(model_card(run), encoding="utf-8")
     return out
@@ -291,7 +308,7 @@ def find_file(source: str, name: str) -> Path:
 
 
 def import_model(source: str) -> tuple[GPT, Tokenizer]:
-    """A GPT-2-shaped checkpoint, from a folder or by hub name, as ours.
+    """A checkpoint of GPT-2's kind or of FAMILIES, from a folder or the hub, as ours.
 
     Raises ExchangeError naming the weight, the feature or the file that is wrong.
     """
@@ -300,16 +317,28 @@ def import_model(source: str) -> tuple[GPT, Tokenizer]:
     need_transformers()
     from transformers import GPT2LMHeadModel
 
-    config = our_config(read_json(find_file(source, "config.json")))
+    stored = read_json(find_file(source, "config.json"))
+    kind, family = (
+        str(stored.get("model_type")),
+        FAMILIES.get(str(stored.get("model_type"))),
+    )
+    config = our_decoder_config(stored) if family else our_config(stored)
     found = find_file(source, "tokenizer.json")
-    tokenizer = from_tokenizer_json(found, Path(source).name)
+    name = Path(source).name
+    if family:
+        settings = read_json(find_file(source, "tokenizer_config.json"))
+        text = found.read_text(encoding="utf-8")
+        tokenizer = foreign_tokenizer(text, name, settings, stored)
+    else:
+        tokenizer = from_tokenizer_json(found, name)
     if tokenizer.n_vocab > config.vocab_size:
         raise ExchangeError(
             f"{source}: its tokenizer has {tokenizer.n_vocab} ids and the model only "
             f"{config.vocab_size}; they do not belong together"
         )
     try:
-        loaded: Any = GPT2LMHeadModel.from_pretrained(
+        model_class = family.load("ForCausalLM") if family else GPT2LMHeadModel
+        loaded: Any = model_class.from_pretrained(
             source,
             dtype=torch.float32,
             output_loading_info=True,
@@ -322,10 +351,15 @@ def import_model(source: str) -> tuple[GPT, Tokenizer]:
             f"{source}: its weights cannot be read ({reason[:100]}); fetch or export "
             "the model again"
         ) from None
-    for kind in ("missing", "unexpected", "mismatched"):
-        names = sorted(map(str, told[f"{kind}_keys"]))
+    for problem in ("missing", "unexpected", "mismatched"):
+        names = sorted(map(str, told[f"{problem}_keys"]))
         if names:
-            raise ExchangeError(f"{source}: {kind} weight {names[0]!r}, no plain GPT-2")
+            raise ExchangeError(
+                f"{source}: {problem} weight {names[0]!r}, no plain "
+                f"{family.stem if family else 'GPT-2'}"
+            )
+    if isinstance(config, DecoderConfig):
+        return from_family(theirs.state_dict(), config, kind), tokenizer
     return from_gpt2_weights(theirs.state_dict(), config), tokenizer
 
 
@@ -339,9 +373,12 @@ def crop_block_size(model: GPT, block_size: int) -> GPT:
             f"block_size {block_size} is not between 1 and the model's "
             f"{model.config.block_size}"
         )
-    cropped = GPT(dataclasses.replace(model.config, block_size=block_size))
     state = model.state_dict()
-    cropped.load_state_dict(state | {"wpe.weight": state["wpe.weight"][:block_size]})
+    if "wpe.weight" in state:
+        state["wpe.weight"] = state["wpe.weight"][:block_size]
+    with torch.device("meta"):
+        cropped = GPT(dataclasses.replace(model.config, block_size=block_size))
+    cropped.load_state_dict(state, assign=True)
     return cropped.train(model.training)
 
 
@@ -381,7 +418,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Import:
-    """Make a run folder of a GPT-2-shaped transformers model."""
+    """Make a run folder of a transformers model: GPT-2, LLaMA, Mistral, Qwen, BLOOM."""
 
     model: str  # a folder, or a hub name such as gpt2
     out: Path

@@ -32,6 +32,7 @@ from gptlib.training import PRESETS, TrainConfig
 from gptlib.workshop.questions import QUESTIONS, Question, tinywiki_chats
 from gptlib.workshop.run_folders import Run, load_run, read_record, run_folder
 from gptlib.workshop.runs import Data, RunOptions, run_training, small_run
+from gptlib.workshop.tokenizer_json import open_tokenizer
 from gptlib.workshop.watching import errors_in_one_line, say
 
 
@@ -76,7 +77,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> Row:
     A turn is the mark of its role, a space and its text, and the end of the turn.
     Learned are the assistant's texts and the ends of its turns.
     """
-    marks, ids, learned = chat_marks(tokenizer), [tokenizer.end_of_text], [False]
+    marks, ids, learned = chat_marks(tokenizer), [tokenizer.start_of_text], [False]
     for message in messages:
         text = [*tokenizer.encode(" " + message["content"]), marks["end"]]
         ids += [marks[message["role"]], *text]
@@ -216,7 +217,7 @@ def replay(rows: list[Row], corpus: str, tokenizer: Tokenizer, block: int) -> li
     """
     found: list[Row] = []
     for text in islice(load_corpus(corpus).documents("train"), 4000):
-        ids = [tokenizer.end_of_text, *tokenizer.encode(text)][: block + 1]
+        ids = [tokenizer.start_of_text, *tokenizer.encode(text)][: block + 1]
         found.append((ids, [0.0] + [0.25] * (len(ids) - 1)))
     return rows * max(1, round(4 * len(found) / len(rows))) + found
 
@@ -244,7 +245,7 @@ def fit_chats(
 
 def open_chats(config: TrainConfig, own: Tokenizer | None, progress: bool) -> Data:
     """What a fine-tuning reads. own: the tokenizer of a run that has begun."""
-    tokenizer = own or Tokenizer.load(config.tokenizer)
+    tokenizer = own or open_tokenizer(Path(config.tokenizer))
     batches, hashes = {}, {}
     sizes = {"train": config.batch_size, "validation": config.eval_sequences}
     for split, chats in load_chats(config.corpus).items():

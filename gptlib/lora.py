@@ -167,7 +167,7 @@ def base_hash(model: GPT) -> str:
 
 
 def peft_name(layer: str, key: str) -> str:
-    """Peft's name for a matrix of a layer: lora_A or lora_B."""
+    """Peft's name for a matrix of a layer of a GPT-2: lora_A or lora_B."""
     return f"base_model.model.transformer.{layer}.{key}.weight"
 
 

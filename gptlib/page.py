@@ -104,6 +104,8 @@ def export_page_weights(
     these texts where no script runs. settings: as in `sample_texts`. Raises PageError.
     """
     config = moments[-1].model.config
+    if type(config) is not GPTConfig:
+        raise PageError("the page knows GPT-2's parts only; this model has others")
     size = moments[-1].model.n_parameters(include_positions=True)
     if size > LIMIT:
         raise PageError(

@@ -18,6 +18,7 @@ import tyro
 from gptlib import GptlibError
 from gptlib.batches import Batches
 from gptlib.corpus import load_corpus
+from gptlib.decoder import DecoderConfig, all_fields, model_config
 from gptlib.evaluation import evaluate
 from gptlib.exchange import import_model
 from gptlib.speed import fast_loss
@@ -222,9 +223,11 @@ def main() -> None:
             known = ", ".join(PRESETS)
             raise GptlibError(f"unknown preset {first.preset!r}; there are {known}")
         options = RunOptions(Path("runs/plan") if first.plan else tyro.MISSING)
-        defaults = Pretrain(options, PRESETS[first.preset], first.preset)
-        command = tyro.cli(Pretrain, default=defaults)
+        config = PRESETS[first.preset]  # and every part of chapter 24 as an option
+        config = replace(config, model=DecoderConfig(**all_fields(config.model)))
+        command = tyro.cli(Pretrain, default=Pretrain(options, config, first.preset))
         config = command.config
+        config = replace(config, model=model_config(all_fields(config.model)))
         if command.plan:
             return print(plan(config, command.run))
         if command.branch:

@@ -230,7 +230,7 @@ def stream_text(
     settings: temperature, top_k, top_p, use_cache, as in `generate`. Raises
     SamplingError.
     """
-    ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    ids = [tokenizer.start_of_text, *tokenizer.encode(prompt)]
     tokens = torch.tensor([ids], device=model.device)
     settings |= {"n_vocab": tokenizer.n_vocab, "generator": seeded(seed)}
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -285,8 +285,8 @@ def sample_texts(
     Prompts of equal length go through the model together, a row each. Arguments and
     errors as in `stream_text`.
     """
-    end = tokenizer.end_of_text
-    rows = [[end, *tokenizer.encode(prompt)] for prompt in prompts]
+    start, end = tokenizer.start_of_text, tokenizer.end_of_text
+    rows = [[start, *tokenizer.encode(prompt)] for prompt in prompts]
     settings |= {"n_vocab": tokenizer.n_vocab, "stop": [end]}
     settings["seeds"] = [None if seed is None else seed + i for i in range(len(rows))]
     found = continue_rows(model, rows, max_new_tokens, **settings)

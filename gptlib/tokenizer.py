@@ -181,6 +181,11 @@ class Tokenizer:
         return len(self.ranks)
 
     @property
+    def start_of_text(self) -> int:
+        """Id that a model reads first: here the same mark."""
+        return self.end_of_text
+
+    @property
     def n_vocab(self) -> int:
         """Number of ids that mean something, end-of-text included."""
         return len(self.ranks) + 1

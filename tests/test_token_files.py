@@ -141,19 +141,20 @@ def test_splits_and_their_absence(folder, tokenizer):
         tokens.split("dev")
 
 
-def test_vocabulary_of_more_than_16_bits_is_refused(tmp_path):
+@pytest.mark.parametrize("n_vocab, kind", [(2**16, "<u2"), (2**16 + 1, "<u4")])
+def test_ids_have_the_bytes_that_the_vocabulary_needs(tmp_path, n_vocab, kind):
     class Large:
-        n_vocab, end_of_text = 2**16 + 1, 2**16
+        name, hash, start_of_text = "large", "0" * 64, n_vocab - 1
 
         def encode_array(self, text):
             return np.array([7], np.uint32)
 
-    corpus = corpus_of(train=["text"])
-    with pytest.raises(TokenFileError, match="65537 ids do not fit"):
-        write_split(corpus, "train", Large(), tmp_path / "x.bin")
-    Large.n_vocab, Large.end_of_text = 2**16, 2**16 - 1
-    assert write_split(corpus, "train", Large(), tmp_path / "x.bin")["tokens"] == 3
-    assert np.fromfile(tmp_path / "x.bin", "<u2").tolist() == [65535, 7, 65535]
+    tokenizer = Large()
+    tokenizer.n_vocab = n_vocab
+    file = write_tokens(corpus_of(train=["text"]), tokenizer, tmp_path / "tokens")
+    split = file.split("train")
+    assert split.ids.dtype == np.dtype(kind)
+    assert split.ids.tolist() == [n_vocab - 1, 7, n_vocab - 1]
 
 
 # Whole or not at all

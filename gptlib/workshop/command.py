@@ -68,6 +68,7 @@ HELP = {  # topic: the classes whose fields are its options
     "pretrain": ("pretraining.Pretrain", "workshop.runs.RunOptions"),
     "plan": ("pretraining.Pretrain", "workshop.runs.RunOptions"),
     "settings": ("training.Settings", "gpt.GPTConfig"),
+    "parts": ("decoder.DecoderConfig",),
     "sample": ("workshop.command.SampleOptions",),
     "evaluate": ("evaluation.EvaluationOptions",),
     "probe": ("workshop.probes.ProbeOptions",),
@@ -77,6 +78,9 @@ HELP = {  # topic: the classes whose fields are its options
     "chat": ("finetuning.ChatOptions",),
     "benchmark": ("workshop.benchmark.BenchmarkOptions",),
 }
+
+
+SCREENS = ("settings", "parts")
 
 
 def source(module: str) -> str:
@@ -103,7 +107,7 @@ def preset_values(name: str) -> dict[str, str]:
 def option_lines(path: str, given: dict[str, str]) -> Iterator[str]:
     """What a class is for, then a line for each of its fields that is an option."""
     module, _, name = path.rpartition(".")
-    text, prefix = source(module), "model." * (name == "GPTConfig")
+    text, prefix = source(module), "model." * (name in ("GPTConfig", "DecoderConfig"))
     classes = [n for n in ast.parse(text).body if isinstance(n, ast.ClassDef)]
     (found,) = (n for n in classes if n.name == name)
     yield f"\n{(ast.get_docstring(found) or '').splitlines()[0]}\n"
@@ -128,14 +132,15 @@ def help_on(topic: str, arguments: list[str]) -> str:
     """The options of a command, each with its default in place of a value."""
     words = " ".join(arguments).replace("=", " ").split(" ")
     preset = words[words.index("--preset") + 1] if "--preset" in words else "tinytiny"
-    run, given = topic in ("pretrain", "plan", "settings"), {}
-    lines = [f"usage: gptlib {'pretrain' if topic == 'settings' else topic} [OPTIONS]"]
-    if run:
+    more, given = topic in SCREENS, {}  # a further screen of pretrain's
+    lines = [f"usage: gptlib {'pretrain' if more else topic} [OPTIONS]"]
+    if more or topic in ("pretrain", "plan"):
         given = preset_values(preset) | {"preset": preset}
     for path in HELP[topic]:
         lines += option_lines(path, given)
-    if run and topic != "settings":
+    if given and not more:
         lines += ["\nModel and training, with the preset's values: --help-settings"]
+        lines += ["Other parts than GPT-2's, of chapter 24: --help-parts"]
     return "\n".join(lines)
 
 
@@ -151,9 +156,11 @@ def run_command() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         return print(overview())
-    for topic, asked in ((name, ("-h", "--help")), ("settings", ("--help-settings",))):
-        if name in HELP and not set(asked).isdisjoint(sys.argv):
-            return print(help_on(topic, sys.argv[2:]))
+    topics = {f"--help-{screen}": screen for screen in SCREENS}
+    topics |= {"-h": name, "--help": name}
+    for asked in sys.argv[2:]:
+        if name in HELP and asked in topics:
+            return print(help_on(topics[asked], sys.argv[2:]))
     if name == "--version":
         return print(f"gptlib {importlib.import_module('gptlib').__version__}")
     if name not in COMMANDS:

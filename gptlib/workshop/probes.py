@@ -125,7 +125,7 @@ def most_probable(
     """For each probe, the candidate that the model finds most probable."""
     pairs = []
     for probe in probes:
-        prompt = [tokenizer.end_of_text, *tokenizer.encode(probe.prompt)]
+        prompt = [tokenizer.start_of_text, *tokenizer.encode(probe.prompt)]
         pairs += [(prompt, tokenizer.encode(" " + word)) for word in probe.candidates]
     scores = iter(continuation_log_probs(model, pairs, progress=progress))
     best = []
@@ -146,7 +146,7 @@ def names_drawn(
     generator: torch.Generator,
 ) -> list[int]:
     """For each prompt, how many of `draws` continuations begin with a person's name."""
-    ids = [[tokenizer.end_of_text, *tokenizer.encode(prompt)] for prompt in prompts]
+    ids = [[tokenizer.start_of_text, *tokenizer.encode(prompt)] for prompt in prompts]
     counts = [0] * len(ids)
     options = {"temperature": temperature, "n_vocab": tokenizer.n_vocab}
     for length in sorted({len(row) for row in ids}):  # equal lengths make one batch
@@ -170,7 +170,7 @@ def names_anywhere(
     length: int = 100,
 ) -> float:
     """The share of words that are a person's name in text that the model draws."""
-    tokens = torch.full((texts, 1), tokenizer.end_of_text, device=model.device)
+    tokens = torch.full((texts, 1), tokenizer.start_of_text, device=model.device)
     length = min(length, model.config.block_size - 1)
     options = {"temperature": temperature, "n_vocab": tokenizer.n_vocab}
     rows = generate(model, tokens, length, generator=generator, **options)[:, 1:]

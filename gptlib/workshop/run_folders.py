@@ -21,6 +21,7 @@ from gptlib.tokenizer import Tokenizer
 from gptlib.training import TrainConfig
 from gptlib.workshop import devices
 from gptlib.workshop.checkpoints import Checkpoints
+from gptlib.workshop.tokenizer_json import open_tokenizer
 from gptlib.workshop.watching import say
 
 
@@ -54,7 +55,7 @@ def read_record(run: Path) -> dict | None:
 
 def own_tokenizer(run: Path, record: dict) -> Tokenizer:
     """The tokenizer in a run's folder. Raises RunError if it is not the run's own."""
-    tokenizer = Tokenizer.load(run / "tokenizer.json")
+    tokenizer = open_tokenizer(run / "tokenizer.json")
     if tokenizer.hash != record["tokenizer_hash"]:
         raise RunError(
             f"{run}: tokenizer.json is not the tokenizer that the run was trained "

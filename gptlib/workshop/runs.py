@@ -53,6 +53,7 @@ from gptlib.workshop.run_folders import (
     read_record,
 )
 from gptlib.workshop.token_files import load_tokens
+from gptlib.workshop.tokenizer_json import open_tokenizer
 from gptlib.workshop.watching import (
     LOGGERS,
     Clock,
@@ -108,7 +109,12 @@ def open_corpus(config: TrainConfig, own: Tokenizer | None, progress: bool) -> D
     Raises RunError if the model has too few ids, and what reading a corpus raises.
     """
     corpus = load_corpus(config.corpus)
-    tokenizer = own or load_tokenizer(config.tokenizer, corpus)
+    if own is not None:
+        tokenizer = own
+    elif Path(config.tokenizer).is_file():
+        tokenizer = open_tokenizer(Path(config.tokenizer))
+    else:
+        tokenizer = load_tokenizer(config.tokenizer, corpus)
     if tokenizer.n_vocab > config.model.vocab_size:
         raise RunError(
             f"the tokenizer has {tokenizer.n_vocab} ids, the model room for "

@@ -75,19 +75,20 @@ def encode_pieces(
             yield from waiting.popleft()[0].result()
 
 
+def id_type(n_vocab: int) -> np.dtype:
+    """Of the ids in a file: little-endian, 16 bits for up to 65,536 ids, else 32."""
+    return np.dtype("<u2" if n_vocab <= 2**16 else "<u4")
+
+
 def write_split(
     corpus: Corpus, split: str, tokenizer: Tokenizer, path: Path, progress: bool = False
 ) -> dict:
-    """One split as little-endian uint16 ids; returns its record for the manifest.
+    """One split as ids of `id_type`; returns its record for the manifest.
 
-    An end-of-text mark stands before each document and after the last one.
+    The mark that begins a text stands before each document and after the last one.
     """
-    if tokenizer.n_vocab > 2**16:
-        raise TokenFileError(
-            f"{tokenizer.n_vocab} ids do not fit in 16 bits; use a vocabulary of at "
-            "most 65,536"
-        )
-    mark = np.array([tokenizer.end_of_text], "<u2").tobytes()
+    kind = id_type(tokenizer.n_vocab)
+    mark = np.array([tokenizer.start_of_text], kind).tobytes()
     record: dict[str, Any] = {"tokens": 1, "documents": 0, "lines": 0, "text_bytes": 0}
     text_hash = hashlib.sha256()
 
@@ -98,7 +99,7 @@ def write_split(
         bar = tqdm(unit="B", unit_scale=True, desc=split, disable=not progress)
         for piece, ids in stream:
             text = piece.text.encode("utf-8")
-            file.write(mark * piece.starts + ids.astype("<u2").tobytes())
+            file.write(mark * piece.starts + ids.astype(kind).tobytes())
             record["tokens"] += piece.starts + len(ids)
             record["documents"] += piece.starts
             record["lines"] += piece.lines
@@ -140,7 +141,7 @@ def write_tokens(
             "tokenizer": tokenizer.name,
             "tokenizer_hash": tokenizer.hash,
             "n_vocab": tokenizer.n_vocab,
-            "end_of_text": tokenizer.end_of_text,
+            "end_of_text": tokenizer.start_of_text,  # the mark between documents
             "splits": records,
         }
         write_whole(scratch / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -152,7 +153,7 @@ def write_tokens(
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """One split: `ids` is a memory map of uint16, `record` its part of the manifest."""
+    """One split: `ids` is a memory map, `record` its part of the manifest."""
 
     ids: np.ndarray
     record: dict
@@ -213,10 +214,10 @@ class TokenFile:
         record, path = self.manifest["splits"][name], self.folder / f"{name}.bin"
         cure = f"delete {self.folder}, it will be made again"
         size = path.stat().st_size if path.exists() else 0
-        if size != 2 * record["tokens"]:
-            raise TokenFileError(
-                f"{path}: {size} bytes where {2 * record['tokens']} belong; {cure}"
-            )
+        kind = id_type(self.manifest["n_vocab"])
+        wanted = kind.itemsize * record["tokens"]
+        if size != wanted:
+            raise TokenFileError(f"{path}: {size} bytes where {wanted} belong; {cure}")
         if verify or path.stat().st_mtime_ns != record["mtime_ns"]:
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -227,7 +228,7 @@ class TokenFile:
             with suppress(OSError):  # a copy proven right: the next start need not read
                 os.utime(path, ns=(record["mtime_ns"],) * 2)
         return TokenSplit(
-            np.memmap(path, "<u2", "r"), record, self.manifest["end_of_text"]
+            np.memmap(path, kind, "r"), record, self.manifest["end_of_text"]
         )
 
 

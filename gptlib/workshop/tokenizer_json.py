@@ -5,11 +5,18 @@ Tangled from book/workshop/W18_tokenizer_json.md; change it there, not here.
 
 from __future__ import annotations
 
+import functools
 import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
 
 from gptlib import GptlibError
-from gptlib.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+from gptlib.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, TokenizerError
 
 
 def byte_letters() -> dict[int, str]:
@@ -57,6 +64,15 @@ def to_fast_tokenizer(tokenizer: Tokenizer, block_size: int):
     from tokenizers import Tokenizer as FastTokenizer
     from transformers import PreTrainedTokenizerFast
 
+    if isinstance(tokenizer, ForeignTokenizer):
+        pieces = tokenizer.fast.id_to_token
+        return PreTrainedTokenizerFast(
+            tokenizer_object=FastTokenizer.from_str(tokenizer.text),
+            bos_token=pieces(tokenizer.start),
+            eos_token=pieces(tokenizer.end),
+            model_max_length=block_size,
+            clean_up_tokenization_spaces=False,
+        )
     if tokenizer.pattern != GPT2_PATTERN:
         raise ExchangeError(
             f"tokenizer {tokenizer.name!r} does not split text as GPT-2 does; it "
@@ -137,3 +153,169 @@ def from_tokenizer_json(path: Path, name: str) -> Tokenizer:
         found = special.get(END_OF_TEXT)
         raise refuse(f"{END_OF_TEXT} has id {found}, not {len(ranks)}, the next")
     return Tokenizer(name=name, ranks=ranks, pattern=GPT2_PATTERN)
+
+
+def kind_of(stored: dict) -> str:
+    """How a tokenizer.json spells bytes: `letters` as GPT-2, or `pieces` with `▁`.
+
+    Raises ExchangeError for another kind.
+    """
+    model = (stored.get("model") or {}).get("type")
+    decoder = json.dumps(stored.get("decoder"))
+    if model == "BPE" and '"ByteLevel"' in decoder:
+        return "letters"
+    if model in ("BPE", "Unigram") and "\\u2581" in decoder:
+        return "pieces"
+    raise ExchangeError(
+        f"tokenizer.json: a {model} tokenizer of an unknown kind; there are byte-level "
+        "BPE and those that mark a space by U+2581"
+    )
+
+
+def bytes_of_token(token: str, kind: str) -> bytes:
+    """The bytes that an ordinary token of a `kind_of` tokenizer stands for."""
+    if kind == "letters":
+        bytes_of = {letter: byte for byte, letter in byte_letters().items()}
+        return bytes(bytes_of[letter] for letter in token)
+    if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+        return bytes([int(byte[1], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+@dataclass(frozen=True)
+class ForeignTokenizer(Tokenizer):
+    """A tokenizer of the library `tokenizers`, with the methods of ours.
+
+    text: its whole tokenizer.json. start, end: ids of the marks around a text.
+    """
+
+    text: str = field(default="", repr=False)
+    start: int = 0
+    end: int = 0
+
+    @classmethod
+    def from_text(cls, text: str, name: str, start: int, end: int) -> Self:
+        """Raises ExchangeError if the file is damaged or of an unknown kind."""
+        try:
+            stored = json.loads(text)
+            kind = kind_of(stored)
+            fast: Any = cls(name, {}, "", text, start, end).fast
+            special = {t["id"] for t in stored.get("added_tokens", [])}
+            vocabulary = fast.get_vocab(with_added_tokens=True).items()
+            ranks = {
+                bytes_of_token(token, kind): i
+                for token, i in vocabulary
+                if i not in special
+            }
+        except ExchangeError:
+            raise
+        except Exception as error:  # whatever its reader raises for a damaged file
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ExchangeError(
+                f"{name}: tokenizer.json cannot be read ({reason[:80]}); fetch it again"
+            ) from None
+        return cls(name, ranks, "", text, start, end)
+
+    @functools.cached_property
+    def fast(self) -> Any:
+        """The `tokenizers.Tokenizer`. Marks in a text are ordinary text."""
+        from tokenizers import Tokenizer as FastTokenizer
+
+        fast = FastTokenizer.from_str(self.text)
+        fast.encode_special_tokens = True
+        fast.no_truncation()
+        fast.no_padding()
+        return fast
+
+    @property
+    def end_of_text(self) -> int:
+        return self.end
+
+    @property
+    def start_of_text(self) -> int:
+        return self.start
+
+    @functools.cached_property
+    def pieces(self) -> dict[int, bytes]:
+        """The bytes of each id, marks included."""
+        added = json.loads(self.text).get("added_tokens", [])
+        marks = {t["id"]: t["content"].encode() for t in added}
+        return marks | {i: token for token, i in self.ranks.items()}
+
+    @property
+    def n_vocab(self) -> int:
+        return max(self.pieces) + 1
+
+    def encode_array(self, text: str) -> np.ndarray:
+        try:
+            ids = self.fast.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise TokenizerError(
+                "the text holds half of a character; use "
+                "text.encode('utf-8', 'replace').decode()"
+            ) from None
+        return np.array(ids, np.uint16 if self.n_vocab <= 2**16 else np.uint32)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        try:
+            return b"".join(self.pieces[int(i)] for i in ids)
+        except KeyError as error:
+            raise TokenizerError(
+                f"id {error} is not in the vocabulary of {self.name}"
+            ) from None
+
+    @functools.cached_property
+    def _content(self) -> dict:
+        return {"tokenizers": self.text, "start": self.start, "end": self.end}
+
+    @classmethod
+    def from_stored(cls, stored: dict) -> Self:
+        """What `save` wrote. Raises TokenizerError if it was altered."""
+        try:
+            names = ("tokenizers", "name", "start", "end")
+            tokenizer = cls.from_text(*(stored[name] for name in names))
+            intact = tokenizer.hash == stored["hash"]
+        except (KeyError, ExchangeError):
+            intact = False
+        if not intact:
+            raise TokenizerError(
+                "tokenizer.json: cut off or altered; copy it again from where it was "
+                "made"
+            )
+        return tokenizer
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer that `save` wrote, ours or foreign. Raises TokenizerError."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        foreign = isinstance(stored, dict) and "tokenizers" in stored
+    except (OSError, ValueError):
+        foreign = False
+    return ForeignTokenizer.from_stored(stored) if foreign else Tokenizer.load(path)
+
+
+def mark_of(settings: dict, key: str, fast: Any) -> int | None:
+    """The id of `bos_token` or `eos_token` in a tokenizer_config.json, or None."""
+    token = settings.get(key)
+    name = token.get("content") if isinstance(token, dict) else token
+    return fast.token_to_id(name) if isinstance(name, str) else None
+
+
+def foreign_tokenizer(text: str, name: str, settings: dict, model: dict) -> Tokenizer:
+    """The tokenizer of a model's folder.
+
+    text: its tokenizer.json. settings: its tokenizer_config.json. model: its
+    config.json, whose marks count where the settings name none. Raises ExchangeError.
+    """
+    tokenizer = ForeignTokenizer.from_text(text, name, 0, 0)
+    marks = []
+    for key in ("bos_token", "eos_token"):
+        found = mark_of(settings, key, tokenizer.fast)
+        if found is None:
+            found = model.get(f"{key}_id")
+        marks.append(found[0] if isinstance(found, list) else found)
+    start, end = marks
+    if end is None:
+        raise ExchangeError(f"{name}: no eos_token, so no text would end; name one")
+    return ForeignTokenizer.from_text(text, name, end if start is None else start, end)
