@@ -232,7 +232,7 @@ def load_adapter(model: GPT, folder: Path | str) -> None:
             f"{own[:8]}); load the model that it was trained on"
         )
     rank, wanted = config["r"], {}
-    for name, module in model.named_modules():
+    for name, module in model.h.named_modules(prefix="h"):
         if isinstance(module, nn.Linear):
             m, n = module.weight.shape
             wanted[peft_name(name, "lora_A")] = (rank, n)

@@ -229,6 +229,17 @@ PRESETS = {
             norm_embedding=True,
         )
     ),
+    "tinytiny-modern": TrainConfig(  # tinytiny-fast with the best part of chapter 24
+        model=DecoderConfig(positions="alibi"),
+        steps=1700,
+        optimizer="muon",
+        schedule="trapezoid",
+        learning_rate=3e-3,
+        final_learning_rate=0.0,
+        warmup_fraction=0.05,
+        cooldown_fraction=0.5,
+        zero_projections=True,
+    ),
 }
 
 

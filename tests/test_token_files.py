@@ -20,7 +20,6 @@ from gptlib.workshop.token_files import (
     TokenFileError,
     encode_pieces,
     load_tokens,
-    write_split,
     write_tokens,
 )
 

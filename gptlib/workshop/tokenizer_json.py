@@ -197,16 +197,9 @@ class ForeignTokenizer(Tokenizer):
     def from_text(cls, text: str, name: str, start: int, end: int) -> Self:
         """Raises ExchangeError if the file is damaged or of an unknown kind."""
         try:
-            stored = json.loads(text)
-            kind = kind_of(stored)
-            fast: Any = cls(name, {}, "", text, start, end).fast
-            special = {t["id"] for t in stored.get("added_tokens", [])}
-            vocabulary = fast.get_vocab(with_added_tokens=True).items()
-            ranks = {
-                bytes_of_token(token, kind): i
-                for token, i in vocabulary
-                if i not in special
-            }
+            tokenizer = cls(name, {}, "", text, start, end)
+            marks = {t["id"] for t in json.loads(text).get("added_tokens", [])}
+            ordinary = {i: b for i, b in tokenizer.pieces.items() if i not in marks}
         except ExchangeError:
             raise
         except Exception as error:  # whatever its reader raises for a damaged file
@@ -214,6 +207,7 @@ class ForeignTokenizer(Tokenizer):
             raise ExchangeError(
                 f"{name}: tokenizer.json cannot be read ({reason[:80]}); fetch it again"
             ) from None
+        ranks = {token: i for i, token in ordinary.items()}
         return cls(name, ranks, "", text, start, end)
 
     @functools.cached_property
@@ -238,9 +232,13 @@ class ForeignTokenizer(Tokenizer):
     @functools.cached_property
     def pieces(self) -> dict[int, bytes]:
         """The bytes of each id, marks included."""
-        added = json.loads(self.text).get("added_tokens", [])
+        stored = json.loads(self.text)
+        kind, added = kind_of(stored), stored.get("added_tokens", [])
         marks = {t["id"]: t["content"].encode() for t in added}
-        return marks | {i: token for token, i in self.ranks.items()}
+        vocabulary = self.fast.get_vocab(with_added_tokens=True).items()
+        return marks | {
+            i: bytes_of_token(token, kind) for token, i in vocabulary if i not in marks
+        }
 
     @property
     def n_vocab(self) -> int:
