@@ -36,6 +36,7 @@ from gptlib.workshop.families import (
     to_family,
 )
 from gptlib.workshop.files import write_whole
+from gptlib.workshop.gguf_files import write_gguf
 from gptlib.workshop.run_folders import Run, load_run
 from gptlib.workshop.tokenizer_json import (
     ExchangeError,
@@ -405,15 +406,25 @@ def save_imported(model: GPT, tokenizer: Tokenizer, source: str, out: Path) -> N
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run as a transformers folder."""
+    """Write a run as a transformers folder, or as a GGUF file for llama.cpp."""
 
     run: Path  # the --out folder of a training run
-    out: Path
+    out: Path  # a new folder, or a new FILE.gguf
     which: str = "best"  # checkpoint: best or last
-    dtype: str = "fp32"  # or bf16, fp16
+    format: str = "transformers"  # or gguf
+    dtype: str = "fp32"  # or bf16, fp16; gguf: f32, f16, q8_0
 
     def __call__(self) -> None:
-        export_run(load_run(self.run, self.which), self.out, dtype=self.dtype)
+        if self.format not in ("transformers", "gguf"):
+            raise ExchangeError(
+                f"unknown format {self.format!r}; there are transformers and gguf"
+            )
+        run = load_run(self.run, self.which)
+        if self.format == "transformers":
+            export_run(run, self.out, dtype=self.dtype)
+            return
+        dtype, name = self.dtype.replace("fp", "f"), run.path.resolve().name
+        write_gguf(run.model, run.tokenizer, self.out, dtype=dtype, name=name)
 
 
 @dataclass(frozen=True)

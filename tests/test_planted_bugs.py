@@ -189,6 +189,18 @@ BUGS = [
     # exchange
     Bug("another GELU in the exported model", "exchange", '"gelu_tanh": "gelu_new"', '"gelu_tanh": "gelu"', "model::logits_equal_transformers"),
     Bug("square matrices not transposed", "exchange", "turned = value.T if name.endswith(LINEAR)", "turned = value.T if name.endswith(LINEAR) and len(value) != len(value.T)", "model::logits_equal_transformers"),
+    Bug("rows left in pairs of halves", "workshop.gguf_files", "part = neighbours_from_halves(part, len(part) // config.head_width)", "pass", "gguf::every_tensor_is_read_back gguf::neighbours_turned_by_the_files_angles_score_as_ours"),
+    Bug("keys turned in the groups of queries", "workshop.gguf_files", "len(part) // config.head_width)", "config.n_head)", "gguf::every_tensor_is_read_back"),
+    Bug("divisors of angles upside down", "workshop.gguf_files", '"none", 1.0, 1) / rotary_speeds(*shape, *scaling)', '*scaling) / rotary_speeds(*shape, "none", 1.0, 1)', "gguf::neighbours_turned_by_the_files_angles_score_as_ours"),
+    Bug("linear scaling not written", "workshop.gguf_files", 'c.rope_scaling == "linear"', "False", "gguf::the_shape_is_written gguf::neighbours_turned_by_the_files_angles_score_as_ours"),
+    Bug("no zeros for missing biases", "workshop.gguf_files", 'if kind == "gpt2":\n        for name', 'if kind == "none":\n        for name', "gguf::every_tensor_is_read_back"),
+    Bug("rows of padding written", "workshop.gguf_files", "value = value[:n_vocab]", "pass", "gguf::every_tensor_is_read_back gguf::every_token_and_merge_is_read_back"),
+    Bug("positions rounded", "workshop.gguf_files", ' or name == "position_embd.weight"', "", "gguf::smaller_types_round_and_no_more"),
+    Bug("the mark is an ordinary token", "workshop.gguf_files", "+ [CONTROL]", "+ [NORMAL]", "gguf::every_token_and_merge_is_read_back"),
+    Bug("no mark before a text", "workshop.gguf_files", '"add_bos_token": True', '"add_bos_token": False', "gguf::every_token_and_merge_is_read_back"),
+    Bug("another model's rule for words", "workshop.gguf_files", '("digits", "words"): "smollm"', '("digits", "words"): "gpt-2"', "gguf::another_models_tokenizer_is_read_back"),
+    Bug("an existing file overwritten", "workshop.gguf_files", "if out.exists():", "if False:", "gguf::an_existing_file_stays"),
+    Bug("written in its place", "workshop.gguf_files", "part = Path(folder) / out.name", "part = out", "gguf::a_write_that_fails_leaves_nothing"),
     # tokenizer and corpus
     Bug("last merge first", "tokenizer", "key=lambda token: ranks.get(token, math.inf)", "key=lambda token: -ranks.get(token, -math.inf)", "tokenizer::random_vocabularies_agree_with_tiktoken"),
     Bug("outdated counts decide a merge", "tokenizer", "if self.counts[pair] == -negated:", "if True:", "tokenizer::the_trainer_equals_its_definition"),

@@ -27,7 +27,7 @@ COMMANDS = {  # name: module with its main, what it does
     "reward": ("rewards", "train a fine-tuned model on rewards"),
     "chat": ("finetuning", "talk with a fine-tuned model"),
     "probe": ("workshop.probes", "what a model has learned of TinyWiki's facts"),
-    "export": ("exchange", "write a run as a transformers folder"),
+    "export": ("exchange", "write a run for transformers or llama.cpp"),
     "import": ("exchange", "make a run of a GPT-2-shaped transformers model"),
     "page": ("page", "write a run as one HTML file that answers by itself"),
     "benchmark": ("workshop.benchmark", "speed and memory of this machine"),
