@@ -51,24 +51,6 @@ from gptlib.workshop.token_files import load_tokens
 from gptlib.workshop.watching import errors_in_one_line
 
 
-def open_init(source: str) -> Run:
-    """What `init` of a configuration names: a run, or a transformers model."""
-    if (Path(source) / "run.json").exists():
-        return load_run(source)
-    model, tokenizer = import_model(source)
-    return Run(Path(source), model, tokenizer, TrainConfig(model.config), step=0)
-
-
-def pretrain(config: TrainConfig, options: RunOptions) -> Run | None:
-    """Start or resume a pretraining run, with the fast loss of chapter 11.
-
-    Returns the run as it stands; None in processes other than the first.
-    """
-    kind = process_device(options.device).type
-    loss_fn = fast_loss(config.model.vocab_size, kind)
-    return run_training(config, options, loss_fn=loss_fn, open_init=open_init)
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a run will take on this machine, as far as one can know before it."""
@@ -166,6 +148,24 @@ def plan(config: TrainConfig, options: RunOptions, *, seconds: float = 20.0) -> 
         tokens_per_second=rate,
         mfu=rate * model.flops_per_token() / peak if peak else None,
     )
+
+
+def open_init(source: str) -> Run:
+    """What `init` of a configuration names: a run, or a transformers model."""
+    if (Path(source) / "run.json").exists():
+        return load_run(source)
+    model, tokenizer = import_model(source)
+    return Run(Path(source), model, tokenizer, TrainConfig(model.config), step=0)
+
+
+def pretrain(config: TrainConfig, options: RunOptions) -> Run | None:
+    """Start or resume a pretraining run, with the fast loss of chapter 11.
+
+    Returns the run as it stands; None in processes other than the first.
+    """
+    kind = process_device(options.device).type
+    loss_fn = fast_loss(config.model.vocab_size, kind)
+    return run_training(config, options, loss_fn=loss_fn, open_init=open_init)
 
 
 REPORT = {"train": 3.648, "validation": 3.674}  # Zhou, Ling and Wu 2023, section 4

@@ -69,34 +69,6 @@ def next_token_probs(
     return torch.zeros_like(logits).scatter(-1, ids, kept)
 
 
-def draw(
-    probs: Tensor,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
-) -> Tensor:
-    """(B, V) probabilities -> (B, 1) ids, each found by one uniform number.
-
-    generator: one for all rows, or a list with one for each row. A probability of 0 is
-    never drawn.
-    """
-    if generator is None or isinstance(generator, torch.Generator):
-        sources = [(len(probs), generator)]
-    else:
-        sources = [(1, g) for g in generator]
-    darts = [
-        torch.rand(
-            n, 1, generator=g, dtype=torch.float64, device=g.device if g else None
-        )
-        for n, g in sources
-    ]
-    if probs.device.type == "mps":  # it has no float64
-        probs = probs.cpu()
-    ends = probs.double().cumsum(-1)  # (B, V): where each token's piece ends
-    places = torch.cat(darts).to(ends.device) * ends[:, -1:]  # (B, 1)
-    ids = torch.searchsorted(ends, places, right=True)
-    # should rounding put a dart on the very end: the last piece that has a width
-    return torch.minimum(ids, torch.searchsorted(ends, ends[:, -1:].contiguous()))
-
-
 class LayerCache:
     """Keys and values of one layer, (B, nh, S, hs), in room for `block_size`."""
 
@@ -130,6 +102,34 @@ class KVCache:
     def length(self) -> int:
         """Positions held so far."""
         return self.layers[0].length
+
+
+def draw(
+    probs: Tensor,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> Tensor:
+    """(B, V) probabilities -> (B, 1) ids, each found by one uniform number.
+
+    generator: one for all rows, or a list with one for each row. A probability of 0 is
+    never drawn.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        sources = [(len(probs), generator)]
+    else:
+        sources = [(1, g) for g in generator]
+    darts = [
+        torch.rand(
+            n, 1, generator=g, dtype=torch.float64, device=g.device if g else None
+        )
+        for n, g in sources
+    ]
+    if probs.device.type == "mps":  # it has no float64
+        probs = probs.cpu()
+    ends = probs.double().cumsum(-1)  # (B, V): where each token's piece ends
+    places = torch.cat(darts).to(ends.device) * ends[:, -1:]  # (B, 1)
+    ids = torch.searchsorted(ends, places, right=True)
+    # should rounding put a dart on the very end: the last piece that has a width
+    return torch.minimum(ids, torch.searchsorted(ends, ends[:, -1:].contiguous()))
 
 
 def window_start(length: int, block_size: int) -> int:
