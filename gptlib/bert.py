@@ -189,16 +189,6 @@ def hidden_log_probs(
     return found
 
 
-def pseudo_log_probs(model: GPT, ids: Sequence[int]) -> Tensor:
-    """Log-probability of each token given all the others, (T,) nats.
-
-    Source: Salazar et al. 2020.
-    """
-    mask = model.config.mask_token
-    rows = [([*ids[:i], mask, *ids[i + 1 :]], i, ids[i]) for i in range(len(ids))]
-    return hidden_log_probs(model, rows)
-
-
 Blank = tuple[Sequence[int], Sequence[int], Sequence[int]]  # left, filling, right
 
 
@@ -221,6 +211,16 @@ def blank_log_probs(model: GPT, blanks: Sequence[Blank]) -> Tensor:
             owner.append(number)
     found = torch.zeros(len(blanks))
     return found.index_add(0, torch.tensor(owner), hidden_log_probs(model, rows))
+
+
+def pseudo_log_probs(model: GPT, ids: Sequence[int]) -> Tensor:
+    """Log-probability of each token given all the others, (T,) nats.
+
+    Source: Salazar et al. 2020.
+    """
+    mask = model.config.mask_token
+    rows = [([*ids[:i], mask, *ids[i + 1 :]], i, ids[i]) for i in range(len(ids))]
+    return hidden_log_probs(model, rows)
 
 
 class Classifier(nn.Module):

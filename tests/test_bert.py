@@ -39,7 +39,9 @@ from gptlib.workshop.tinywiki import KINDS, TinyWiki
 
 MASK = 3
 SHAPE = EncoderConfig(2, 2, 16, 12, False, 40, mask_token=MASK)
-BERT = BertConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=40, mask_token=MASK)
+BERT = BertConfig(
+    n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=40, mask_token=MASK
+)
 
 
 def model_of(config=SHAPE, kind=GPT, seed: int = 0):
@@ -51,7 +53,9 @@ def model_of(config=SHAPE, kind=GPT, seed: int = 0):
 
 
 def some_tokens(rows: int = 2, length: int = 8, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 40, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 40, (rows, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 # the model
@@ -77,7 +81,9 @@ def test_full_attention_is_its_definition():
 
 
 def test_an_encoder_has_the_weights_of_a_gpt():
-    plain = GPTConfig(**{f.name: getattr(SHAPE, f.name) for f in dataclasses.fields(GPTConfig)})
+    plain = GPTConfig(
+        **{f.name: getattr(SHAPE, f.name) for f in dataclasses.fields(GPTConfig)}
+    )
     ours = {k: v.shape for k, v in GPT(SHAPE).state_dict().items()}
     assert ours == {k: v.shape for k, v in GPT(plain).state_dict().items()}
 
@@ -129,7 +135,9 @@ def test_logits_equal_transformers(seed):
 
 def test_bert_begins_as_bert():
     torch.manual_seed(0)
-    model = Bert(BertConfig(n_layer=1, n_head=2, n_embd=64, vocab_size=500, mask_token=MASK))
+    model = Bert(
+        BertConfig(n_layer=1, n_head=2, n_embd=64, vocab_size=500, mask_token=MASK)
+    )
     for weight in (model.wtt.weight, model.dense.weight, model.wte.weight):
         assert abs(weight.std().item() - 0.02) < 0.004
     assert not model.bias.any() and model.ln_0.eps == model.h[0].ln_1.eps == 1e-12
@@ -139,7 +147,9 @@ def test_bert_begins_as_bert():
 
 
 def test_what_is_hidden_and_how_often():
-    tokens = torch.randint(4, 40, (400, 1000), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(
+        4, 40, (400, 1000), generator=torch.Generator().manual_seed(1)
+    )
     read, chosen = hide(tokens, MASK, 40, seed=5, step=6)
     n = chosen.sum().item()
     assert abs(n / tokens.numel() - 0.15) < 0.005
@@ -157,7 +167,8 @@ def test_what_is_hidden_and_how_often():
 def test_hiding_is_a_function_of_seed_and_step():
     tokens = some_tokens(20, 12)
     a, b, c, d = (
-        hide(tokens, MASK, 40, seed=s, step=t)[1] for s, t in ((1, 2), (1, 2), (1, 3), (2, 2))
+        hide(tokens, MASK, 40, seed=s, step=t)[1]
+        for s, t in ((1, 2), (1, 2), (1, 3), (2, 2))
     )
     assert torch.equal(a, b) and not torch.equal(a, c) and not torch.equal(a, d)
 
@@ -173,12 +184,17 @@ def test_only_chosen_tokens_count():
     (tokens, _), *_ = masked.batches.micro_batches(0, 6)
     assert torch.equal(targets, tokens)
     chosen = weights != 0
-    assert torch.equal(read[~chosen], tokens[~chosen]) and 0 < chosen.float().mean() < 0.4
+    assert (
+        torch.equal(read[~chosen], tokens[~chosen]) and 0 < chosen.float().mean() < 0.4
+    )
     naive = F.cross_entropy(model(read)[0][chosen], tokens[chosen])
-    assert torch.allclose(weighted_loss(model, read, targets, weights), naive, atol=1e-5)
+    assert torch.allclose(
+        weighted_loss(model, read, targets, weights), naive, atol=1e-5
+    )
     changed = torch.where(chosen, targets, (targets + 1) % 40)
     assert torch.equal(
-        weighted_loss(model, read, targets, weights), weighted_loss(model, read, changed, weights)
+        weighted_loss(model, read, targets, weights),
+        weighted_loss(model, read, changed, weights),
     )
 
 
@@ -249,13 +265,17 @@ def test_a_blank_is_told_from_left_to_right():
     first = log_prob([*left, MASK, MASK, *right], 3, 5)
     second = log_prob([*left, 5, MASK, *right], 4, 6)
     one = log_prob([*left, MASK, *right], 3, 7)
-    assert torch.allclose(found, torch.stack([first + second, one, torch.tensor(0.0)]), atol=1e-5)
+    assert torch.allclose(
+        found, torch.stack([first + second, one, torch.tensor(0.0)]), atol=1e-5
+    )
 
 
 def test_a_blank_is_refused_if_it_does_not_fit():
     with pytest.raises(BertError, match="^.*12.*$"):
         blank_log_probs(model_of(), [([5] * 11, [6, 7], [])])
-    short = blank_log_probs(model_of(), [([5] * 8, [6], [7] * 3), ([5] * 8, [6], [7] * 9)])
+    short = blank_log_probs(
+        model_of(), [([5] * 8, [6], [7] * 3), ([5] * 8, [6], [7] * 9)]
+    )
     assert torch.equal(short[0], short[1])  # the right is cut
 
 
@@ -312,8 +332,12 @@ def test_bad_input_is_refused_in_one_line():
     model, long = model_of(BERT, Bert), some_tokens(1, 13)
     none = torch.zeros(1, 8, dtype=torch.bool)
     attempts = {
-        "mask_token is 40": lambda: EncoderConfig(2, 2, 16, 12, False, 40, mask_token=40),
-        "mask_token is -1": lambda: EncoderConfig(2, 2, 16, 12, False, 40, mask_token=-1),
+        "mask_token is 40": lambda: EncoderConfig(
+            2, 2, 16, 12, False, 40, mask_token=40
+        ),
+        "mask_token is -1": lambda: EncoderConfig(
+            2, 2, 16, 12, False, 40, mask_token=-1
+        ),
         "share is 0": lambda: hide(long, MASK, 40, seed=0, step=0, share=0.0),
         "parts are": lambda: hide(long, MASK, 40, seed=0, step=0, parts=(0.9, 0.2)),
         "13 tokens": lambda: model(long),
@@ -338,7 +362,8 @@ def test_a_tokenizer_without_the_byte_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "change", [{"hidden_act": "relu"}, {"intermediate_size": 40}, {"tie_word_embeddings": False}]
+    "change",
+    [{"hidden_act": "relu"}, {"intermediate_size": 40}, {"tie_word_embeddings": False}],
 )
 def test_another_bert_is_refused(change):
     transformers = pytest.importorskip("transformers")
