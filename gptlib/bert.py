@@ -175,17 +175,21 @@ def hidden_log_probs(
 
     rows: (ids, place, token), the ids as the model reads them.
     """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    found = torch.zeros(len(rows))
-    while order:
-        length = len(rows[order[0]][0])
-        group = [i for i in order[:batch_size] if len(rows[i][0]) == length]
-        order = order[len(group) :]
-        ids, places, tokens = zip(*(rows[i] for i in group))
+    asked: dict = {}  # what is asked for several tokens is computed once
+    for i, (ids, place, token) in enumerate(rows):
+        asked.setdefault((tuple(ids), place), []).append((i, token))
+    texts, found = sorted(asked, key=lambda text: len(text[0])), torch.zeros(len(rows))
+    while texts:
+        length = len(texts[0][0])
+        group = [text for text in texts[:batch_size] if len(text[0]) == length]
+        texts = texts[len(group) :]
+        ids, places = zip(*group)
         hidden = model.hidden(torch.tensor(ids, device=model.device))  # (B, T, C)
         picked = hidden[torch.arange(len(group)), torch.tensor(places)]  # (B, C)
         log_probs = model.head(picked).float().log_softmax(-1).cpu()
-        found[group] = log_probs[torch.arange(len(group)), torch.tensor(tokens)]
+        for text, row in zip(group, log_probs):
+            for i, token in asked[text]:
+                found[i] = row[token]
     return found
 
 

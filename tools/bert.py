@@ -186,45 +186,40 @@ def choose(scores: list[float], blanks: list[dict]) -> str:
     return found
 
 
-def fill_in(blanks: list[dict], decoder: GPT, encoders: dict[str, GPT]) -> dict:
-    """The grades of the decoder, on what comes before and on the whole, and of all."""
-    block, found = DEMO.model.block_size, {}
-    n = sum(1 / len(b["candidates"]) for b in blanks) / len(blanks)
-    found["chance"] = round(n, 4)
-    found["again"] = "".join("ny"[b.get("again", False)] for b in blanks)
-    before, whole, rows = [], [], []
+def fill_in(blanks: list[dict], name: str, model: GPT) -> str:
+    """The grades of an encoder, or of the decoder on what comes before, or on all."""
+    pairs, rows = [], []
     for b in blanks:
         for ids in b["candidates"]:
-            room = block - len(b["left"]) - len(ids)
-            before.append((b["left"], ids))
-            whole.append((b["left"], [*ids, *b["right"][:room]]))
+            room = DEMO.model.block_size - len(b["left"]) - len(ids)
+            after = b["right"][:room] if name == "decoder, whole" else []
+            pairs.append((b["left"], [*ids, *after]))
             rows.append((b["left"], ids, b["right"]))
-    found["decoder, before"] = choose(continuation_log_probs(decoder, before), blanks)
-    found["decoder, whole"] = choose(continuation_log_probs(decoder, whole), blanks)
-    for name, model in encoders.items():
-        found[name] = choose(blank_log_probs(model, rows).tolist(), blanks)
-    return found
+    if name.startswith("decoder"):
+        return choose(continuation_log_probs(model, pairs), blanks)
+    return choose(blank_log_probs(model, rows).tolist(), blanks)
 
 
 def make_blanks() -> None:
     run, record = demo(), read("blanks")
-    encoders = {name: train_one(name) for name in read("training")}
+    models = {f"decoder, {how}": run.model for how in ("before", "whole")}
+    models |= {name: train_one(name) for name in read("training")}
     tests = {
-        "bare": lambda: bare_blanks(run.tokenizer),
-        "famous": lambda: blanks_in_place(run.tokenizer, True, 150),
-        "obscure": lambda: blanks_in_place(run.tokenizer, False, 150),
+        "bare": bare_blanks(run.tokenizer),
+        "famous": blanks_in_place(run.tokenizer, True, 100),
+        "obscure": blanks_in_place(run.tokenizer, False, 100),
     }
-    for name, make in tests.items():
-        new = {k: m for k, m in encoders.items() if k not in record.get(name, {})}
-        if new:
-            record[name] = record.get(name, {}) | fill_in(make(), run.model, new)
-            rights = {
-                k: f"{v.count('r') / len(v):.1%}"
-                for k, v in record[name].items()
-                if k not in ("chance", "again")
-            }
-            print(name, record[name]["chance"], rights, flush=True)
-            write("blanks", record)
+    for test, blanks in tests.items():
+        found = record.setdefault(test, {})
+        n = sum(1 / len(b["candidates"]) for b in blanks) / len(blanks)
+        found["chance"] = round(n, 4)
+        found["again"] = "".join("ny"[b.get("again", False)] for b in blanks)
+        for name, model in models.items():
+            if name not in found:
+                grades = found[name] = fill_in(blanks, name, model)
+                rate = grades.count("r") / len(grades)
+                print(test, f"{n:.1%}", name, f"{rate:.1%}", flush=True)
+                write("blanks", record)
 
 
 @torch.no_grad()
@@ -254,7 +249,7 @@ def make_texts() -> None:
         if entry:
             continue
         total, pseudo, plain = 0, 0.0, 0.0
-        for number in range(20):
+        for number in range(10):
             text = TinyWiki(0).article("test", number).text
             ids = [run.tokenizer.end_of_text, *run.tokenizer.encode(text)]
             ids = ids[: DEMO.model.block_size]
@@ -308,14 +303,10 @@ def classify(base: GPT, place: int, data, n: int, rate: float, seed: int) -> lis
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))[:n]
     tokens, labels = data["train"]
     batches = LabelledBatches(tokens[order], labels[order], config.batch_size, seed)
-    state = TrainState(model, optimizer_of_classifier(model, config))
+    state = TrainState(model, optimizer_of(model, config))
     module = WithLoss(model, class_loss)
     train(state, module, batches, config, micro_batch_size=16)
     return [accuracy(model, *data[split]) for split in ("validation", "test")]
-
-
-def optimizer_of_classifier(model: Classifier, config: TrainConfig):
-    return optimizer_of(model, config)
 
 
 def make_kinds() -> None:
@@ -342,7 +333,7 @@ def make_kinds() -> None:
         for n in SIZES if show else SIZES[1:2]:
             for key, (base, place) in models.items():
                 entry = record.setdefault(key, {}).setdefault(str(n), {})
-                for rate in RATES:
+                for rate in RATES if show else RATES[:1]:
                     if f"{rate:g}" not in entry:
                         found = [classify(base, place, data, n, rate, s) for s in SEEDS]
                         entry[f"{rate:g}"] = found
