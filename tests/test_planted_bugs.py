@@ -235,6 +235,26 @@ BUGS = [
     Bug("adapters trained and never loaded", "lora", "layer.lora_B.copy_(weights[peft_name(name, \"lora_B\")])", "pass", "lora::an_adapter_comes_back_and_two_are_exchanged"),
     Bug("any base will do", "lora", "if base not in (None, own := base_hash(model)):", "if (own := base_hash(model)) and not base and False:", "lora::an_adapter_of_another_base_is_refused"),
     Bug("a line end inside a text ends the line", "finetuning", '.split("\\n")', ".splitlines()", "finetuning::a_line_separator_inside_a_text_ends_no_line"),
+    # bert
+    Bug("an encoder with the mask left in", "bert", "attn_mask=mask, dropout_p=dropout", "attn_mask=mask, dropout_p=dropout, is_causal=mask is None", "bert::every_position_reads_every_other bert::full_attention_is_its_definition"),
+    Bug("padding is read", "bert", "None if keep is None else keep[:, None, None]", "None", "bert::padding_is_not_read"),
+    Bug("chosen tokens not hidden", "bert", "read = torch.where(chosen & (two < parts[0]), mask_token, tokens)", "read = tokens", "bert::what_is_hidden_and_how_often"),
+    Bug("no token is changed", "bert", "return torch.where(changed, any_token, read), chosen", "return read, chosen", "bert::what_is_hidden_and_how_often"),
+    Bug("tokens changed that nobody asks for", "bert", "changed = chosen & (", "changed = ~chosen & (", "bert::what_is_hidden_and_how_often"),
+    Bug("the same places hidden at every step", "bert", "[seed, step], np.uint64", "[seed, 0], np.uint64", "bert::hiding_is_a_function_of_seed_and_step"),
+    Bug("masked loss over all tokens", "bert", "weights = chosen * (", "weights = torch.ones_like(chosen) * (", "bert::only_chosen_tokens_count"),
+    Bug("an encoder's targets moved by one", "bert", "yield read[group], tokens[group]", "yield read[group], tokens[group].roll(-1, 1)", "bert::only_chosen_tokens_count"),
+    Bug("a mean of means over chosen tokens", "bert", "weights[group] / size", "weights[group] / weights[group].sum()", "bert::a_step_is_the_same_in_micro_batches"),
+    Bug("the rest of a word shown", "bert", "later = [mask] * (len(filling) - i)", "later = [mask, *filling[i + 1 :]]", "bert::a_blank_is_told_from_left_to_right"),
+    Bug("pseudo-likelihood of tokens that are shown", "bert", "[*ids[:i], mask, *ids[i + 1 :]]", "[*ids]", "bert::pseudo_log_probs_hide_one_token_each"),
+    Bug("BERT's norm before the attention", "bert", "x = self.ln_1(x + self.attn(x, keep))", "x = x + self.attn(self.ln_1(x), keep)", "bert::logits_equal_transformers[0]"),
+    Bug("token types forgotten", "bert", " + self.wtt(types)", "", "bert::logits_equal_transformers[0]"),
+    Bug("no norm after BERT's embeddings", "bert", "self.drop(self.ln_0(x))", "self.drop(x)", "bert::logits_equal_transformers[0]"),
+    Bug("BERT's head without its bias", "bert", "super().head(hidden) + self.bias", "super().head(hidden)", "bert::logits_equal_transformers[0]"),
+    Bug("BERT's epsilon forgotten", "bert", "eps=self.norm_eps, bias", "bias", "bert::bert_begins_as_bert"),
+    Bug("queries loaded as keys", "bert", 'QKV = ("query", "key", "value")', 'QKV = ("key", "query", "value")', "bert::logits_equal_transformers[0]"),
+    Bug("a decoder classified by its first token", "bert", "hidden(tokens)[:, self.place]", "hidden(tokens)[:, 0]", "bert::a_classifier_reads_one_place"),
+    Bug("the title's words left in", "bert", "if word.lower() not in names", "if word not in names", "bert::kinds_hide_their_names"),
     # rewards
     Bug("log-probabilities of the prompt counted", "rewards", "[False] * len(prompt)", "[True] * len(prompt)", "rewards::only_the_answer_is_counted"),
     Bug("padding counted", "rewards", "counted = weights != 0", "counted = weights == weights", "rewards::padding_is_not_counted"),
@@ -364,7 +384,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     if importlib.util.find_spec("transformers"):
-        from transformers import GPT2LMHeadModel  # noqa: F401
+        from transformers import BertForMaskedLM, GPT2LMHeadModel  # noqa: F401
     for file in sorted({n.split("::")[0] for bug in BUGS for n in bug.node_ids}):
         importlib.import_module(Path(file).stem)  # and what the tests import
     gc.collect()
