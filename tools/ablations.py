@@ -2,11 +2,11 @@
 
 `python tools/ablations.py GROUP` runs what the group still lacks in
 ledger/ablations/runs.jsonl, two runs at a time with one thread each. Chapter 24 shows
-the groups `parts` and `part-rates`, and the page "What did not work" the others. Model, data and budget were fixed before the first run: 4 layers of width 128 on the
-books, a vocabulary of 2,048 tokens trained on them, 2,048,000 tokens of training (a
-third of it where said), every schedule scaled to the length of its run. The final loss
-is that of the same 131,072 validation tokens. Needs GPTLIB_DATA, the folder that holds
-`books`.
+the groups `parts` and `part-rates`, and the page "What did not work" the others. Model,
+data and budget were fixed before the first run: 4 layers of width 128 on the books, a
+vocabulary of 2,048 tokens trained on them, 2,048,000 tokens of training (a third of it
+where said), every schedule scaled to the length of its run. The final loss is that of
+the same 131,072 validation tokens. Needs GPTLIB_DATA, the folder that holds `books`.
 """
 
 import dataclasses
