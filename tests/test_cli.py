@@ -324,8 +324,8 @@ def test_help_on_each_command_is_one_screen_and_needs_no_torch(tmp_path):
                 if field.name == "model" or field.name not in made.__annotations__:
                     continue
                 flag = field.name.replace("_", "-")
-                flag = "model." + flag if "Config" in name else flag
                 flag = "no-" + flag if default is True else flag
+                flag = "model." + flag if "Config" in name else flag
                 (line,) = (s for s in lines if s.startswith(f"  --{flag} "))
                 if default is dataclasses.MISSING:
                     assert line.endswith("(required)")
