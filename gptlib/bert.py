@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,10 +55,11 @@ class EncoderBlock(Block):
     """The block of chapter 6 with `FullAttention`, (B, T, C) -> (B, T, C)."""
 
     def __init__(self, c: GPTConfig):
-        same = {"bias": c.bias, "dropout": c.dropout}
+        same: dict[str, Any] = {"bias": c.bias, "dropout": c.dropout}
         super().__init__(c.n_embd, c.n_head, activation=c.activation, **same)
         self.attn = FullAttention(c.n_embd, c.n_head, **same)
-        self.ln_1, self.ln_2 = c.norm_layer(), c.norm_layer()
+        self.add_module("ln_1", c.norm_layer())
+        self.add_module("ln_2", c.norm_layer())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,14 +185,21 @@ def hidden_log_probs(
         length = len(texts[0][0])
         group = [text for text in texts[:batch_size] if len(text[0]) == length]
         texts = texts[len(group) :]
-        ids, places = zip(*group)
-        hidden = model.hidden(torch.tensor(ids, device=model.device))  # (B, T, C)
+        rows_of, places = zip(*group)
+        hidden = model.hidden(torch.tensor(rows_of, device=model.device))  # (B, T, C)
         picked = hidden[torch.arange(len(group)), torch.tensor(places)]  # (B, C)
         log_probs = model.head(picked).float().log_softmax(-1).cpu()
         for text, row in zip(group, log_probs):
             for i, token in asked[text]:
                 found[i] = row[token]
     return found
+
+
+def mask_of(model: GPT) -> int:
+    """The id that hides a token. Raises BertError if the model is no encoder."""
+    if not isinstance(model.config, EncoderConfig):
+        raise BertError("this model has a causal mask; an encoder fills in blanks")
+    return model.config.mask_token
 
 
 Blank = tuple[Sequence[int], Sequence[int], Sequence[int]]  # left, filling, right
@@ -203,7 +212,7 @@ def blank_log_probs(model: GPT, blanks: Sequence[Blank]) -> Tensor:
     long word does not help itself. Its number of tokens is given. What is longer than
     the block loses its end. Raises BertError if a filling does not fit.
     """
-    mask, size = model.config.mask_token, model.config.block_size
+    mask, size = mask_of(model), model.config.block_size
     rows, owner = [], []
     for number, (left, filling, right) in enumerate(blanks):
         if (end := len(left) + len(filling)) > size:
@@ -222,7 +231,7 @@ def pseudo_log_probs(model: GPT, ids: Sequence[int]) -> Tensor:
 
     Source: Salazar et al. 2020.
     """
-    mask = model.config.mask_token
+    mask = mask_of(model)
     rows = [([*ids[:i], mask, *ids[i + 1 :]], i, ids[i]) for i in range(len(ids))]
     return hidden_log_probs(model, rows)
 
@@ -350,6 +359,7 @@ class Bert(GPT):
         if keep is not None and not keep.any(1).all():
             raise BertError("a text is all padding; leave it out")
         types = torch.zeros_like(tokens) if types is None else types
+        assert self.wpe is not None
         x = self.wte(tokens) + self.wpe.weight[:T] + self.wtt(types)
         x = self.drop(self.ln_0(x))
         for block in self.h:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +122,12 @@ class DecoderAttention(nn.Module):
     Source of the groups: Ainslie et al. 2023.
     """
 
+    q_norm: nn.Module
+    k_norm: nn.Module
+    cos: Tensor
+    sin: Tensor
+    slopes: Tensor
+
     def __init__(self, c: "DecoderConfig"):
         super().__init__()
         hs, self.dropout, self.positions = c.head_width, c.dropout, c.positions
@@ -180,10 +187,10 @@ class DecoderBlock(Block):
         nn.Module.__init__(self)  # not Block's: other parts
         first = layer == 0 and c.norm_embedding
         self.ln_0 = c.norm_layer() if first else nn.Identity()
-        self.ln_1 = c.norm_layer()
-        self.attn = DecoderAttention(c)
-        self.ln_2 = c.norm_layer()
-        self.mlp = c.new_mlp()
+        self.add_module("ln_1", c.norm_layer())
+        self.add_module("attn", DecoderAttention(c))
+        self.add_module("ln_2", c.norm_layer())
+        self.add_module("mlp", c.new_mlp())
 
     def forward(self, x: Tensor, cache=None) -> Tensor:
         return super().forward(self.ln_0(x), cache)
@@ -277,7 +284,7 @@ class DecoderConfig(GPTConfig):
 
     def new_mlp(self) -> nn.Module:
         """A new MLP, (B, T, C) -> (B, T, C)."""
-        options = {"bias": self.bias, "dropout": self.dropout}
+        options: dict[str, Any] = {"bias": self.bias, "dropout": self.dropout}
         if self.mlp == "swiglu":
             return SwiGLU(self.n_embd, self.inner_width, **options)
         return MLP(self.n_embd, activation=self.activation, **options)

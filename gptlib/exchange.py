@@ -40,6 +40,7 @@ from gptlib.workshop.gguf_files import write_gguf
 from gptlib.workshop.run_folders import Run, load_run
 from gptlib.workshop.tokenizer_json import (
     ExchangeError,
+    ForeignTokenizer,
     foreign_tokenizer,
     from_tokenizer_json,
     read_json,
@@ -184,7 +185,11 @@ def export_run(run: Run, out: Path | str, *, dtype: str = "fp32") -> Path:
         theirs.load_state_dict(weights)
     with new_folder(out) as scratch:
         theirs.to(DTYPES[dtype]).save_pretrained(scratch)
-        fast = to_fast_tokenizer(run.tokenizer, run.model.config.block_size)
+        tokenizer, block = run.tokenizer, run.model.config.block_size
+        if isinstance(tokenizer, ForeignTokenizer):
+            fast = tokenizer.to_fast(block)
+        else:
+            fast = to_fast_tokenizer(tokenizer, block)
         fast.save_pretrained(scratch)
         ids = {"bos_token_id": run.tokenizer.start_of_text, "eos_token_id": end}
         ids |= {"pad_token_id": end}

@@ -246,8 +246,9 @@ def compiled_hidden(
 
 def small_like(config: GPTConfig) -> GPTConfig:
     """A small configuration whose model has the same parts."""
-    size = {"n_embd": 32 * config.n_head, "block_size": 32, "vocab_size": 203}
-    return replace(config, n_layer=1, dropout=0.0, **size)
+    width = 32 * config.n_head
+    one = replace(config, n_layer=1, n_embd=width, dropout=0.0)
+    return replace(one, block_size=32, vocab_size=203)
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,7 @@ class FastLoss:
     def __call__(self, model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
         """(B, T) tokens and targets -> mean cross-entropy in nats per token."""
         compiled = self.compiled and torch.is_grad_enabled()
-        hidden = GPT.hidden
+        hidden: Callable[[GPT, Tensor], Tensor] = GPT.hidden
         if compiled:
             hidden = compiled_hidden(tokens.device, small_like(model.config))
         x, targets = hidden(model, tokens).flatten(0, 1), targets.flatten()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptlib.decoder import DecoderConfig
+from gptlib.decoder import DecoderConfig, all_fields
 from gptlib.gpt import GPT, GPTConfig
 from gptlib.workshop.tokenizer_json import ExchangeError
 
@@ -116,16 +116,16 @@ def family_of(config: GPTConfig) -> str:
         "qk_norm",
         "qkv_bias",
     )
-    plain = DecoderConfig()
+    plain, ours = DecoderConfig(), all_fields(config)
     for name, family in FAMILIES.items():
         wanted = {key: getattr(plain, key) for key in fixed} | family.parts
-        if all(getattr(config, key, None) == value for key, value in wanted.items()):
-            own_heads = config.n_kv_head or config.head_size or not config.tied_head
+        if all(ours[key] == value for key, value in wanted.items()):
+            own_heads = ours["n_kv_head"] or ours["head_size"] or not ours["tied_head"]
             if name != "bloom" or not own_heads:
                 return name
     raise ExchangeError(
         "no class of transformers has these parts: "
-        + ", ".join(f"{key} {getattr(config, key, None)}" for key in fixed)
+        + ", ".join(f"{key} {ours[key]}" for key in fixed)
     )
 
 
@@ -178,9 +178,9 @@ def our_decoder_config(theirs: dict) -> DecoderConfig:
         refuse(theirs, allowed | {"tie_word_embeddings": (True,)})
         return DecoderConfig(
             **parts,
-            n_layer=theirs.get("n_layer", theirs.get("num_hidden_layers")),
-            n_head=theirs.get("n_head", theirs.get("num_attention_heads")),
-            n_embd=theirs.get("hidden_size", theirs.get("n_embed")),
+            n_layer=theirs.get("n_layer") or theirs["num_hidden_layers"],
+            n_head=theirs.get("n_head") or theirs["num_attention_heads"],
+            n_embd=theirs.get("hidden_size") or theirs["n_embed"],
             block_size=theirs.get("seq_length", 2048),
             vocab_size=theirs["vocab_size"],
             norm_eps=theirs.get("layer_norm_epsilon", 1e-5),
@@ -229,7 +229,7 @@ def their_decoder_config(config: DecoderConfig, n_vocab: int, end_of_text: int) 
         "attention_dropout": config.dropout,
     }
     if name == "bloom":
-        shape = {"n_layer": config.n_layer, "n_head": config.n_head}
+        shape: dict[str, Any] = {"n_layer": config.n_layer, "n_head": config.n_head}
         shape |= {
             "layer_norm_epsilon": config.norm_eps,
             "seq_length": config.block_size,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gptlib.decoder import (
     DecoderConfig,
+    all_fields,
     model_config,
     neighbours_from_halves,
     rotary_speeds,
@@ -82,8 +83,8 @@ def gguf_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
 
     Raises ExchangeError for parts that it has not, and for a value that is not finite.
     """
-    config, weights = model.config, {}
-    kind = architecture_of(config)
+    kind, weights = architecture_of(model.config), {}
+    config = DecoderConfig(**all_fields(model.config))
     for ours, value in model.state_dict().items():
         value = value.detach().cpu().float()
         if not torch.isfinite(value).all():
@@ -105,10 +106,10 @@ def gguf_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
                 bias = name.replace(".weight", ".bias")
                 weights.setdefault(bias, torch.zeros(len(weights[name])))
     elif config.rope_scaling == "llama3":
-        shape = config.head_width, config.rope_base
-        scaling = config.rope_scaling, config.rope_factor, config.rope_original
-        speeds = rotary_speeds(*shape, "none", 1.0, 1) / rotary_speeds(*shape, *scaling)
-        weights["rope_freqs.weight"] = speeds.float()
+        hs, base, far = config.head_width, config.rope_base, config.rope_original
+        plain = rotary_speeds(hs, base, "none", 1.0, far)
+        slower = rotary_speeds(hs, base, "llama3", config.rope_factor, far)
+        weights["rope_freqs.weight"] = (plain / slower).float()
     return weights
 
 

@@ -64,15 +64,6 @@ def to_fast_tokenizer(tokenizer: Tokenizer, block_size: int):
     from tokenizers import Tokenizer as FastTokenizer
     from transformers import PreTrainedTokenizerFast
 
-    if isinstance(tokenizer, ForeignTokenizer):
-        pieces = tokenizer.fast.id_to_token
-        return PreTrainedTokenizerFast(
-            tokenizer_object=FastTokenizer.from_str(tokenizer.text),
-            bos_token=pieces(tokenizer.start),
-            eos_token=pieces(tokenizer.end),
-            model_max_length=block_size,
-            clean_up_tokenization_spaces=False,
-        )
     if tokenizer.pattern != GPT2_PATTERN:
         raise ExchangeError(
             f"tokenizer {tokenizer.name!r} does not split text as GPT-2 does; it "
@@ -228,6 +219,19 @@ class ForeignTokenizer(Tokenizer):
     @property
     def start_of_text(self) -> int:
         return self.start
+
+    def to_fast(self, block_size: int):
+        """The same as a `transformers.PreTrainedTokenizerFast`."""
+        from tokenizers import Tokenizer as FastTokenizer
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(
+            tokenizer_object=FastTokenizer.from_str(self.text),
+            bos_token=self.fast.id_to_token(self.start),
+            eos_token=self.fast.id_to_token(self.end),
+            model_max_length=block_size,
+            clean_up_tokenization_spaces=False,
+        )
 
     @functools.cached_property
     def pieces(self) -> dict[int, bytes]:
