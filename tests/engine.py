@@ -85,7 +85,7 @@ def config(tmp_path_factory):
 
 
 def without_dropout(config: TrainConfig, **changes) -> TrainConfig:
-    return dataclasses.replace(config, model=SHAPE, **changes)
+    return dataclasses.replace(config, **{"model": SHAPE} | changes)
 
 
 def options(out: Path, **changes) -> RunOptions:

@@ -24,6 +24,7 @@ from engine import (
 )
 
 from gptlib import GptlibError
+from gptlib.decoder import DecoderConfig
 from gptlib.workshop.distribution import Processes, process_device, processes
 
 
@@ -95,11 +96,18 @@ def test_each_process_takes_a_card_of_its_own(monkeypatch):
 
 # without zero_projections, whose first gradients are rounding that Muon makes large
 FAST = {"optimizer": "muon", "schedule": "trapezoid"}
+OTHER_PARTS = {
+    "model": DecoderConfig(
+        n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=320, norm="rms",
+        positions="alibi", mlp="swiglu", n_kv_head=1, tied_head=False,
+    )
+}  # fmt: skip
 
 
 @posix
 @pytest.mark.parametrize(
-    ("changes", "loss"), [({}, "plain"), (FAST, "chunked"), (FAST, "compiled")]
+    ("changes", "loss"),
+    [({}, "plain"), (FAST, "chunked"), (FAST, "compiled"), (OTHER_PARTS, "chunked")],
 )
 def test_two_processes_equal_one_and_resume_as_one(config, tmp_path, changes, loss):
     config = without_dropout(config, steps=12, **changes)

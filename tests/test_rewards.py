@@ -1,6 +1,7 @@
 """Rewards: what is counted, with which sign, what a run promises, bad input."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gptlib.decoder import model_config
 from gptlib.finetuning import (
     FinetuneError,
     chat_batch,
@@ -70,6 +72,10 @@ from gptlib.workshop.watching import read_rows
 
 BYTES = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})
 SHAPE = GPTConfig(2, 2, 16, 64, False, 320)
+PARTS = {
+    "llama": {"norm": "rms", "positions": "rotary", "mlp": "swiglu", "n_kv_head": 1},
+    "bloom": {"positions": "alibi", "norm_embedding": True, "bias": True},
+}
 TINY = {"steps": 12, "batch_size": 4, "eval_interval": 4, "eval_sequences": 3}
 
 
@@ -352,9 +358,11 @@ def test_the_reference_stays_and_the_policy_leaves_it(tmp_path):
     assert all(row["kl"] > 1e-4 for row in rows if row["step"] == 3)
 
 
-def test_the_policy_learns_what_is_rewarded(tmp_path):
-    rollouts, model = rollouts_of(tmp_path, kl=0.0), model_of()
-    config = TrainConfig(SHAPE, batch_size=4, steps=40, learning_rate=0.02)
+@pytest.mark.parametrize("parts", [{}, *PARTS.values()], ids=["gpt2", *PARTS])
+def test_the_policy_learns_what_is_rewarded(tmp_path, parts):
+    shape = model_config(dataclasses.asdict(SHAPE) | parts)
+    rollouts, model = rollouts_of(tmp_path, kl=0.0), model_of(shape)
+    config = TrainConfig(shape, batch_size=4, steps=40, learning_rate=0.02)
     state = TrainState(model, optimizer_of(model, config))
     model.train()
     found = []
