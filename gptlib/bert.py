@@ -5,6 +5,7 @@ Tangled from book/chapters/25_bert.md; change it there, not here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,13 @@ def mask_token(tokenizer: Tokenizer) -> int:
     return found
 
 
+def _uniform(seed: int, step: int, shape: tuple[int, ...]) -> Tensor:
+    """Float64 numbers in [0, 1) of this shape: a function of seed and step."""
+    key = np.array([seed, step], np.uint64)
+    bits = np.random.Philox(key=key, counter=2**128).random_raw(math.prod(shape))
+    return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53).view(shape)
+
+
 def hide(
     tokens: Tensor,
     mask_token: int,
@@ -115,10 +123,7 @@ def hide(
             f"share is {share} and parts are {parts}; a share is above 0 and at most "
             "1, and two parts sum to 1 at most"
         )
-    key = np.array([seed, step], np.uint64)
-    bits = np.random.Philox(key=key, counter=2**128).random_raw(3 * tokens.numel())
-    uniform = torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53)  # in [0, 1)
-    one, two, three = uniform.view(3, *tokens.shape)
+    one, two, three = _uniform(seed, step, (3, *tokens.shape))
     chosen = one < share
     any_token = (three * n_vocab).long()
     read = torch.where(chosen & (two < parts[0]), mask_token, tokens)
