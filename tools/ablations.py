@@ -2,7 +2,7 @@
 
 `python tools/ablations.py GROUP` runs what the group still lacks in
 ledger/ablations/runs.jsonl, two runs at a time with one thread each. Chapter 24 shows
-the groups `parts` and `part-rates`, and the page "What did not work" the others. Model,
+the group `parts`, and the page "What did not work" the others. Model,
 data and budget were fixed before the first run: 4 layers of width 128 on the books, a
 vocabulary of 2,048 tokens trained on them, 2,048,000 tokens of training (a third of it
 where said), every schedule scaled to the length of its run. The final loss is that of
@@ -98,20 +98,10 @@ PARTS = {
     "alibi": {"positions": "alibi"},
     "qk-norm": {"qk_norm": True},
     "grouped": {"n_kv_head": 2},
-    "untied": {"tied_head": False},
 }
 GROUPS["parts"] = (
     {name: THIRD | {"model": parts} for name, parts in PARTS.items()},
     [1, 2, 3],
-)
-GROUPS["part-rates"] = (
-    {
-        f"{name}, rate {factor:g}": THIRD
-        | {"model": PARTS[name], "learning_rate": MUON * factor}
-        for name in ("gpt2", "modern", "rotary")
-        for factor in (0.5, 2)
-    },
-    [1],
 )
 
 
