@@ -113,7 +113,7 @@ BUGS = [
     Bug("positions from 0 with a cache", "gpt", "self.wpe.weight[start:stop]", "self.wpe.weight[: stop - start]", CACHED),
     Bug("all layers share a cache", "gpt", "cache.layers[i]", "cache.layers[0]", "sampling::cache_in_any_pieces"),
     Bug("last norm forgotten", "gpt", "return self.ln_f(x)", "return x", "model::no_logit_depends_on_a_later_token model::logits_equal_transformers"),
-    Bug("no dropout of embeddings", "gpt", "x = self.drop(x)\n", "", "model::what_enters_the_blocks_is_dropped_in_training"),
+    Bug("no dropout of embeddings", "gpt", "        x = self.drop(x)\n", "", "model::what_enters_the_blocks_is_dropped_in_training"),
     # decoder
     Bug("values rotated too", "decoder", "q, k = rotate(q, cos, sin), rotate(k, cos, sin)", "q, k, v = (rotate(z, cos, sin) for z in (q, k, v))", "decoder::values_stay_as_they_are"),
     Bug("a cached key rotated by position 0", "decoder", "self.cos[start : start + T], self.sin[start : start + T]", "self.cos[:T], self.sin[:T]", "decoder::a_cached_key_has_its_own_angle"),
@@ -191,7 +191,7 @@ BUGS = [
     Bug("square matrices not transposed", "exchange", "turned = value.T if name.endswith(LINEAR)", "turned = value.T if name.endswith(LINEAR) and len(value) != len(value.T)", "model::logits_equal_transformers"),
     Bug("rows left in pairs of halves", "workshop.gguf_files", "part = neighbours_from_halves(part, len(part) // config.head_width)", "pass", "gguf::every_tensor_is_read_back gguf::neighbours_turned_by_the_files_angles_score_as_ours"),
     Bug("keys turned in the groups of queries", "workshop.gguf_files", "len(part) // config.head_width)", "config.n_head)", "gguf::every_tensor_is_read_back"),
-    Bug("divisors of angles upside down", "workshop.gguf_files", '"none", 1.0, 1) / rotary_speeds(*shape, *scaling)', '*scaling) / rotary_speeds(*shape, "none", 1.0, 1)', "gguf::neighbours_turned_by_the_files_angles_score_as_ours"),
+    Bug("divisors of angles upside down", "workshop.gguf_files", "(plain / slower)", "(slower / plain)", "gguf::neighbours_turned_by_the_files_angles_score_as_ours"),
     Bug("linear scaling not written", "workshop.gguf_files", 'c.rope_scaling == "linear"', "False", "gguf::the_shape_is_written gguf::neighbours_turned_by_the_files_angles_score_as_ours"),
     Bug("no zeros for missing biases", "workshop.gguf_files", 'if kind == "gpt2":\n        for name', 'if kind == "none":\n        for name', "gguf::every_tensor_is_read_back"),
     Bug("rows of padding written", "workshop.gguf_files", "value = value[:n_vocab]", "pass", "gguf::every_tensor_is_read_back gguf::every_token_and_merge_is_read_back"),
