@@ -6,7 +6,9 @@ icons that a style sheet still names.
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import re
 from pathlib import Path
 
@@ -107,20 +109,33 @@ def make_lighter(site: Path) -> None:
         subset.save_font(font, str(path), options)
 
 
+def with_palette(data: bytes) -> bytes:
+    """An opaque PNG with a palette of 256 colours, if that is shorter."""
+    with Image.open(io.BytesIO(data)) as image:
+        alpha = image.getchannel("A") if "A" in image.mode else None
+        opaque = alpha is None or alpha.getextrema()[0] == 255
+        if image.mode == "P" or not opaque:
+            return data
+        how = {"method": Image.Quantize.MEDIANCUT, "dither": Image.Dither.NONE}
+        small = image.convert("RGB").quantize(256, **how)
+    file = io.BytesIO()
+    small.save(file, "PNG", optimize=True)
+    return min(file.getvalue(), data, key=len)
+
+
 def fewer_colours(site: Path) -> None:
-    """Write each opaque figure with a palette of 256 colours, if that is shorter."""
+    """Figures with a palette, on the pages and in the notebooks to download."""
     for path in site.glob("_images/*.png"):
-        with Image.open(path) as image:
-            alpha = image.getchannel("A") if "A" in image.mode else None
-            opaque = alpha is None or alpha.getextrema()[0] == 255
-            if image.mode == "P" or not opaque:
-                continue
-            how = {"method": Image.Quantize.MEDIANCUT, "dither": Image.Dither.NONE}
-            small = image.convert("RGB").quantize(256, **how)
-        file = io.BytesIO()
-        small.save(file, "PNG", optimize=True)
-        if file.tell() < path.stat().st_size:
-            path.write_bytes(file.getvalue())
+        path.write_bytes(with_palette(path.read_bytes()))
+    for path in site.glob("_sources/**/*.ipynb"):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", [])]
+        for data in [output["data"] for output in outputs if "data" in output]:
+            if "image/png" in data:
+                figure = with_palette(base64.b64decode("".join(data["image/png"])))
+                data["image/png"] = base64.b64encode(figure).decode()
+        text = json.dumps(notebook, ensure_ascii=False, separators=(",", ":"))
+        path.write_text(text, encoding="utf-8")
 
 
 def take_new_styles(app) -> None:
