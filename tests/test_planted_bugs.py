@@ -31,7 +31,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-LIMIT = 120  # seconds for one child; a bug may make a loop endless
+LIMIT = 60  # seconds for one child; a bug may make a loop endless
 
 
 @dataclass(frozen=True)
