@@ -1,4 +1,4 @@
-"""A lighter site: style sheets without what no page uses, figures with 256 colours.
+"""A lighter site: style sheets without what no page uses.
 
 A rule stays if the pages or their scripts name its classes. The font of icons keeps the
 icons that a style sheet still names.
@@ -6,15 +6,11 @@ icons that a style sheet still names.
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import re
 from pathlib import Path
 
 import tinycss2  # nbconvert brings it
-from fontTools import subset  # matplotlib brings both
-from PIL import Image
+from fontTools import subset  # matplotlib brings it
 
 
 WORD = re.compile(r"[\w-]+")
@@ -107,35 +103,6 @@ def make_lighter(site: Path) -> None:
         subsetter.populate(text="".join(icons))
         subsetter.subset(font)
         subset.save_font(font, str(path), options)
-
-
-def with_palette(data: bytes) -> bytes:
-    """An opaque PNG with a palette of 256 colours, if that is shorter."""
-    with Image.open(io.BytesIO(data)) as image:
-        alpha = image.getchannel("A") if "A" in image.mode else None
-        opaque = alpha is None or alpha.getextrema()[0] == 255
-        if image.mode == "P" or not opaque:
-            return data
-        how = {"method": Image.Quantize.MEDIANCUT, "dither": Image.Dither.NONE}
-        small = image.convert("RGB").quantize(256, **how)
-    file = io.BytesIO()
-    small.save(file, "PNG", optimize=True)
-    return min(file.getvalue(), data, key=len)
-
-
-def fewer_colours(site: Path) -> None:
-    """Figures with a palette, on the pages and in the notebooks to download."""
-    for path in site.glob("_images/*.png"):
-        path.write_bytes(with_palette(path.read_bytes()))
-    for path in site.glob("_sources/**/*.ipynb"):
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", [])]
-        for data in [output["data"] for output in outputs if "data" in output]:
-            if "image/png" in data:
-                figure = with_palette(base64.b64decode("".join(data["image/png"])))
-                data["image/png"] = base64.b64encode(figure).decode()
-        text = json.dumps(notebook, ensure_ascii=False, separators=(",", ":"))
-        path.write_text(text, encoding="utf-8")
 
 
 def take_new_styles(app) -> None:

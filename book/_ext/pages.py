@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from docutils import nodes
-from lighter import fewer_colours, make_lighter, take_new_styles
+from lighter import make_lighter, take_new_styles
 
 
 # of MathJax what `mathjax3_config` names: no menu, and no TeX beyond amsmath
@@ -46,7 +46,7 @@ UNUSED_FONTS = (
 )  # solid stays
 # spans that pygments.css gives the colour of plain code: a fifth of a page of code
 PLAIN_CODE = re.compile(r'<span class="(?:n|nn|nx|p|pm|w)">([^<]*)</span>')
-PLAIN_WORD = re.compile(r'<span class="pre">([^<]*)</span>')
+PLAIN_WORD = re.compile(r'<span class="(?:pre|sig-paren)">([^<]*)</span>')
 COLOUR = re.compile(r"\.highlight \.(\w+)\s*\{([^}]*)\}")
 CODE = re.compile(r'<span class="(\w{1,2})">')
 NEIGHBOURS = re.compile(r'(<span class="\w{1,2}">)([^<]*)</span>(\s*)\1')
@@ -184,7 +184,6 @@ def prune(app, exception) -> None:
         if shorter != text:
             page.write_text(shorter, encoding="utf-8")
     make_lighter(Path(app.outdir))
-    fewer_colours(Path(app.outdir))
     link_pdf(Path(app.outdir))
 
 
