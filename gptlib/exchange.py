@@ -324,10 +324,8 @@ def import_model(source: str) -> tuple[GPT, Tokenizer]:
     from transformers import GPT2LMHeadModel
 
     stored = read_json(find_file(source, "config.json"))
-    kind, family = (
-        str(stored.get("model_type")),
-        FAMILIES.get(str(stored.get("model_type"))),
-    )
+    kind = str(stored.get("model_type"))
+    family = FAMILIES.get(kind)
     config = our_decoder_config(stored) if family else our_config(stored)
     found = find_file(source, "tokenizer.json")
     name = Path(source).name
@@ -382,9 +380,8 @@ def crop_block_size(model: GPT, block_size: int) -> GPT:
     state = model.state_dict()
     if "wpe.weight" in state:
         state["wpe.weight"] = state["wpe.weight"][:block_size]
-    with torch.device("meta"):
-        cropped = GPT(dataclasses.replace(model.config, block_size=block_size))
-    cropped.load_state_dict(state, assign=True)
+    cropped = GPT(dataclasses.replace(model.config, block_size=block_size))
+    cropped.load_state_dict(state)
     return cropped.train(model.training)
 
 

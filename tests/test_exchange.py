@@ -392,6 +392,10 @@ def test_crop_block_size_keeps_early_positions(tmp_path):
     assert torch.equal(small(ids)[0], model(ids)[0]) and small.config.block_size == 9
     with pytest.raises(ValueError, match="block_size"):
         small(torch.zeros(1, 10, dtype=torch.long))
+    before = model(ids)[0]
+    with torch.no_grad():
+        small.wte.weight.zero_()  # a copy: what happens to it does not reach the model
+    assert torch.equal(model(ids)[0], before)
 
 
 def cli(*arguments) -> subprocess.CompletedProcess:

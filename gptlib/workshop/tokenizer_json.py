@@ -9,7 +9,7 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -320,4 +320,4 @@ def foreign_tokenizer(text: str, name: str, settings: dict, model: dict) -> Toke
     start, end = marks
     if end is None:
         raise ExchangeError(f"{name}: no eos_token, so no text would end; name one")
-    return ForeignTokenizer.from_text(text, name, end if start is None else start, end)
+    return replace(tokenizer, start=end if start is None else start, end=end)
