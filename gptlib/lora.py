@@ -5,14 +5,9 @@ Tangled from book/chapters/22_lora.md; change it there, not here.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
-import os
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +23,10 @@ from gptlib.finetuning import Finetune, finetune
 from gptlib.gpt import GPT
 from gptlib.training import Precision, TrainConfig, TrainState, optimizer_of
 from gptlib.workshop.checkpoints import Checkpoints, weights_hash
-from gptlib.workshop.devices import total_memory
 from gptlib.workshop.files import write_whole
-from gptlib.workshop.run_folders import Run, RunError, read_record
-from gptlib.workshop.runs import RunOptions, all_weights
-from gptlib.workshop.watching import errors_in_one_line, read_rows
+from gptlib.workshop.run_folders import Run
+from gptlib.workshop.runs import RunOptions, all_weights, trial
+from gptlib.workshop.watching import errors_in_one_line
 
 
 class LoraError(GptlibError):
@@ -248,50 +242,6 @@ def load_adapter(model: GPT, folder: Path | str) -> None:
     for name, layer in adapters(model).items():
         layer.lora_A.copy_(weights[peft_name(name, "lora_A")])
         layer.lora_B.copy_(weights[peft_name(name, "lora_B")])
-
-
-def trial(
-    train: Callable[[RunOptions], Run | None],
-    options: RunOptions,
-    *,
-    cycle: int = 1,
-    seconds: float = 20.0,
-) -> str:
-    """What a whole run will take, from the steps of some seconds that are not kept.
-
-    train: starts or resumes the run. cycle: steps after which all costs come again. The
-    first cycle warms up, and counts only if there is no other. Raises what train does.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError("a plan is made in one process; start it without torchrun")
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        some = replace(options, out=out, progress=False, log="none", max_minutes=None)
-        with contextlib.redirect_stderr(io.StringIO()):
-            run = train(replace(some, max_steps=cycle))
-            train(replace(some, max_steps=None, max_minutes=seconds / 60))
-        record = read_record(out)
-        rows = [r for r in read_rows(out / "timings.jsonl") if "seconds_per_step" in r]
-    assert run and record  # of the only process
-    later = rows[cycle:]
-    counted = later[: len(later) // cycle * cycle] or rows
-    step = sum(row["seconds_per_step"] for row in counted) / len(counted)
-    sizes = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
-    machine, peak = record["machine"], max(row["peak_bytes"] or 0 for row in rows)
-    memory = f"{peak / 1e9:.2f} GB at most in {len(rows)} steps"
-    if has := total_memory(run.model.device):
-        memory += f", of {has / 1e9:.1f} GB"
-    return "\n".join(
-        [
-            f"device       {machine['device_name']}, {machine['precision']}",
-            f"model        {sum(n for n, _ in sizes):,} weights, "
-            f"{sum(n for n, trained in sizes if trained):,} of them trained",
-            f"memory       {memory}",
-            f"speed        {step:.2f} seconds a step",
-            f"whole run    {run.config.steps:,} steps, about "
-            f"{run.config.steps * step / 60:.1f} minutes",
-        ]
-    )
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,12 @@ from gptlib.finetuning import (
     prompt_ids,
 )
 from gptlib.gpt import GPT
-from gptlib.lora import trial
 from gptlib.tokenizer import Tokenizer
 from gptlib.training import EVAL_STEP, TrainConfig
 from gptlib.workshop.checkpoints import weights_hash
 from gptlib.workshop.questions import TASKS, Prompt
 from gptlib.workshop.run_folders import Run, load_run
-from gptlib.workshop.runs import Data, RunOptions, run_training
+from gptlib.workshop.runs import Data, RunOptions, run_training, trial
 from gptlib.workshop.watching import RowWriter, cut_rows, errors_in_one_line, read_rows
 
 

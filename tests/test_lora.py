@@ -30,14 +30,13 @@ from gptlib.lora import (
     merge,
     plain_weights,
     save_adapter,
-    trial,
     unmerge,
 )
 from gptlib.tokenizer import Tokenizer, train_bpe
 from gptlib.training import TrainConfig
 from gptlib.workshop.checkpoints import weights_hash
 from gptlib.workshop.run_folders import Run, RunError, load_run
-from gptlib.workshop.runs import RunOptions, all_weights, run_training
+from gptlib.workshop.runs import RunOptions, all_weights, run_training, trial
 
 
 SHAPE = GPTConfig(2, 2, 16, 64, False, 320)

@@ -24,7 +24,6 @@ from gptlib.finetuning import (
     prompt_ids,
 )
 from gptlib.gpt import GPT, GPTConfig
-from gptlib.lora import trial
 from gptlib.rewards import (
     PromptBatches,
     RewardError,
@@ -66,7 +65,7 @@ from gptlib.workshop.questions import (
     questions,
 )
 from gptlib.workshop.run_folders import Run, RunError, load_run
-from gptlib.workshop.runs import RunOptions, run_training
+from gptlib.workshop.runs import RunOptions, run_training, trial
 from gptlib.workshop.watching import read_rows
 
 

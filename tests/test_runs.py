@@ -394,13 +394,14 @@ def test_two_processes_cannot_write_one_folder(config, tmp_path):
         pass  # the lock died with its process
 
 
-def test_the_precision_is_settled_once(config, tmp_path, monkeypatch):
+def test_the_precision_is_settled_once(config, tmp_path, monkeypatch, capsys):
     names, real = [], runs.devices.pick_precision
     spy = lambda device, name: names.append(name) or real(device, name)
     monkeypatch.setattr(runs.devices, "pick_precision", spy)
     run_training(config, options(tmp_path / "run", max_steps=1, precision="bf16"))
     run_training(config, options(tmp_path / "run", max_steps=1, precision="auto"))
     assert names == ["bf16", "bf16"]
+    assert "bf16 (as the run began)" in capsys.readouterr().err
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(config, tmp_path):

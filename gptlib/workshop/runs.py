@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ from gptlib.workshop.watching import (
     Journal,
     StopRequest,
     cut_rows,
+    read_rows,
     say,
 )
 
@@ -167,10 +169,12 @@ class Leg:
         data = open_data(config, own, options.progress and world.is_main)
         self.tokenizer = data.tokenizer
         self.batches, self.eval_batches = data.batches, data.eval_batches
-        wanted = options.precision
-        if record and wanted == "auto":  # settled when the run began
-            wanted = record["machine"].get("precision", wanted)
-        precision = devices.pick_precision(world.device, wanted)
+        settled = record["machine"].get("precision") if record else None
+        if settled and options.precision == "auto":
+            found = devices.pick_precision(world.device, settled)
+            precision = dataclasses.replace(found, reason="as the run began")
+        else:
+            precision = devices.pick_precision(world.device, options.precision)
         model = fresh_model(config)
         begun = bool(self.checkpoints.steps())
         if config.init and not begun:
@@ -408,6 +412,52 @@ def branch_run(parent: Path | str, out: Path | str) -> TrainConfig:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return config
+
+
+def trial(
+    train: Callable[[RunOptions], Run | None],
+    options: RunOptions,
+    *,
+    cycle: int = 1,
+    seconds: float = 20.0,
+) -> str:
+    """What a whole run will take, from the steps of some seconds that are not kept.
+
+    train: starts or resumes the run. cycle: steps after which all costs come again. The
+    first cycle warms up, and counts only if there is no other. Raises what train does.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError("a plan is made in one process; start it without torchrun")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        some = dataclasses.replace(
+            options, out=out, progress=False, log="none", max_minutes=None
+        )
+        with contextlib.redirect_stderr(io.StringIO()):
+            run = train(dataclasses.replace(some, max_steps=cycle))
+            train(dataclasses.replace(some, max_steps=None, max_minutes=seconds / 60))
+        record = read_record(out)
+        rows = [r for r in read_rows(out / "timings.jsonl") if "seconds_per_step" in r]
+    assert run and record  # of the only process
+    later = rows[cycle:]
+    counted = later[: len(later) // cycle * cycle] or rows
+    step = sum(row["seconds_per_step"] for row in counted) / len(counted)
+    sizes = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
+    machine, peak = record["machine"], max(row["peak_bytes"] or 0 for row in rows)
+    memory = f"{peak / 1e9:.2f} GB at most in {len(rows)} steps"
+    if has := devices.total_memory(run.model.device):
+        memory += f", of {has / 1e9:.1f} GB"
+    return "\n".join(
+        [
+            f"device       {machine['device_name']}, {machine['precision']}",
+            f"model        {sum(n for n, _ in sizes):,} weights, "
+            f"{sum(n for n, trained in sizes if trained):,} of them trained",
+            f"memory       {memory}",
+            f"speed        {step:.2f} seconds a step",
+            f"whole run    {run.config.steps:,} steps, about "
+            f"{run.config.steps * step / 60:.1f} minutes",
+        ]
+    )
 
 
 def small_run() -> Run:
