@@ -30,21 +30,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)
 
 
-def halves_from_neighbours(weight: Tensor, n_head: int) -> Tensor:
-    """Reorder rows (n_head * hs, ...) of queries or keys for the layout of `rotate`.
-
-    From pairs of neighbours, as in LLaMA's own files, to pairs of halves.
-    """
-    pairs = weight.unflatten(0, (n_head, -1, 2))  # (nh, hs / 2, 2, ...)
-    return pairs.transpose(1, 2).reshape(weight.shape)
-
-
-def neighbours_from_halves(weight: Tensor, n_head: int) -> Tensor:
-    """The inverse of `halves_from_neighbours`."""
-    halves = weight.unflatten(0, (n_head, 2, -1))  # (nh, 2, hs / 2, ...)
-    return halves.transpose(1, 2).reshape(weight.shape)
-
-
 def rotary_speeds(
     head_size: int, base: float, scaling: str, factor: float, original: int
 ) -> Tensor:
@@ -76,7 +61,7 @@ def rotary_table(length: int, *options) -> tuple[Tensor, Tensor]:
 def alibi_slopes(n_head: int) -> Tensor:
     """The slope of each head, (n_head,); for 8 heads 1/2, 1/4, ..., 1/256.
 
-    If n_head is no power of 2, heads of the next one fill up. Press et al. 2021.
+    For 12 heads: those of 8, then every second one of 16. Press et al. 2022.
     """
     power = 2 ** math.floor(math.log2(n_head))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
@@ -304,3 +289,18 @@ def model_config(values: dict) -> GPTConfig:
     if changed:
         return config
     return GPTConfig(**{name: getattr(config, name) for name in shape})
+
+
+def halves_from_neighbours(weight: Tensor, n_head: int) -> Tensor:
+    """Reorder rows (n_head * hs, ...) of queries or keys for the layout of `rotate`.
+
+    From pairs of neighbours, as in LLaMA's own files, to pairs of halves.
+    """
+    pairs = weight.unflatten(0, (n_head, -1, 2))  # (nh, hs / 2, 2, ...)
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def neighbours_from_halves(weight: Tensor, n_head: int) -> Tensor:
+    """The inverse of `halves_from_neighbours`."""
+    halves = weight.unflatten(0, (n_head, 2, -1))  # (nh, 2, hs / 2, ...)
+    return halves.transpose(1, 2).reshape(weight.shape)

@@ -568,7 +568,7 @@ def test_the_candidates_of_the_ablations_are_configurations(tmp_path):
     for candidates, seeds in ablations.GROUPS.values():
         for changes in candidates.values():
             config = ablations.config_of(changes, seeds[0], tmp_path / "tokenizer.json")
-            trapezoid = "cooldown_fraction" in changes
+            trapezoid = "cooldown_fraction" in changes or "preset" in changes
             assert config.schedule == ("trapezoid" if trapezoid else "cosine")
 
 

@@ -2,12 +2,13 @@
 
 `python tools/ablations.py GROUP` runs what the group still lacks in
 ledger/ablations/runs.jsonl, two runs at a time with one thread each. Chapter 24 shows
-the groups `part-rates`, `parts` and `parts-tinywiki`, and the page "What did not work"
-the others. Model, data and budget were fixed before the first run: 4 layers of width
-128 on the books, a vocabulary of 2,048 tokens trained on them, 2,048,000 tokens of
-training (a third of it where said), every schedule scaled to the length of its run. The
-final loss is that of the same 131,072 validation tokens. `parts-tinywiki` trains the
-preset `demo`. Needs GPTLIB_DATA, the folder that holds `books`.
+the groups `parts`, `part-rates`, `equal-time` and `parts-tinywiki`, and the page "What
+did not work" the others. Model, data and budget were fixed before the first run: 4
+layers of width 128 on the books, a vocabulary of 2,048 tokens trained on them,
+2,048,000 tokens of training (a third of it where said), every schedule scaled to the
+length of its run. The final loss is that of the same 131,072 validation tokens.
+`parts-tinywiki` trains the preset `demo`. Needs GPTLIB_DATA, the folder that holds
+`books`.
 """
 
 import dataclasses
@@ -114,8 +115,20 @@ GROUPS["part-rates"] = (
     {f"{name}, rate {f:g}": part(name, f) for name in PARTS for f in FACTORS},
     [1],
 )
+# as long as GPT-2's parts take: fewer steps, by the ratio of a step measured in turns
+STEP = {"rotary": 1.04, "alibi": 1.15, "modern": 1.18}
+GROUPS["equal-time"] = (
+    {
+        f"{name}, equal time": part(name, 1) | {"steps": round(THIRD["steps"] / ratio)}
+        for name, ratio in STEP.items()
+    },
+    [1, 2, 3],
+)
 GROUPS["parts-tinywiki"] = (
-    {f"tinywiki {n}": {"preset": "demo", "model": p} for n, p in PARTS.items()},
+    {
+        f"tinywiki {name}": {"preset": "demo", "model": PARTS[name]}
+        for name in ("gpt2", "rotary", "alibi", "modern", "modern with alibi")
+    },
     [1, 2, 3],
 )
 
