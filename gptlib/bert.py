@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from gptlib import GptlibError
 from gptlib.batches import Batches, crop_offsets
 from gptlib.block import Block
-from gptlib.gpt import GPT, GPTConfig, init_weights
+from gptlib.gpt import GPT, GPTConfig
 from gptlib.multi_head import CausalSelfAttention
 from gptlib.tokenizer import Tokenizer
 from gptlib.workshop.tinywiki import KINDS, TinyWiki
@@ -112,7 +112,7 @@ def hide(
     share: float = 0.15,
     parts: tuple[float, float] = (0.8, 0.1),
 ) -> tuple[Tensor, Tensor]:
-    """What the model reads, and which tokens it must tell, both (B, T).
+    """What the model reads, and which tokens it must predict, both (B, T).
 
     Each token is chosen with probability `share`. A chosen one is hidden with
     probability parts[0], and with parts[1] it becomes any token. A function of seed and
@@ -213,8 +213,8 @@ Blank = tuple[Sequence[int], Sequence[int], Sequence[int]]  # left, filling, rig
 def blank_log_probs(model: GPT, blanks: Sequence[Blank]) -> Tensor:
     """Log-probability of each filling between its left and right, (n,) nats.
 
-    A filling's tokens are told from left to right, the later ones hidden, so that a
-    long word does not help itself. Its number of tokens is given. What is longer than
+    A filling's tokens are predicted from left to right, the later ones hidden, so that
+    a long word does not help itself. Its number of tokens is given. What is longer than
     the block loses its end. Raises BertError if a filling does not fit.
     """
     mask, size = mask_of(model), model.config.block_size
@@ -317,123 +317,3 @@ def kind_examples(
         rows.append(ids[:length])
         labels.append(KINDS.index(article.subject.kind))
     return torch.tensor(rows), torch.tensor(labels)
-
-
-class BertBlock(EncoderBlock):
-    """BERT's block: each norm comes after its addition, (B, T, C) -> (B, T, C)."""
-
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        x = self.ln_1(x + self.attn(x, keep))
-        return self.ln_2(x + self.mlp(x))
-
-
-@dataclass(frozen=True, kw_only=True)
-class BertConfig(EncoderConfig):
-    """Shape of a BERT."""
-
-    bias: bool = True
-    norm_eps: float = 1e-12
-    n_types: int = 2  # sentence A or B
-
-    def block(self, layer: int) -> nn.Module:
-        return BertBlock(self)
-
-    def norm_layer(self) -> nn.Module:
-        return nn.LayerNorm(self.n_embd, eps=self.norm_eps, bias=self.bias)
-
-
-class Bert(GPT):
-    """BERT with its masked-language-model head. Source: Devlin et al. 2018."""
-
-    def __init__(self, config: BertConfig):
-        super().__init__(config)  # its last norm, ln_f, is that of the head
-        self.wtt = nn.Embedding(config.n_types, config.n_embd)
-        self.ln_0 = config.norm_layer()
-        self.dense = nn.Linear(config.n_embd, config.n_embd)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        for module in (self.wtt, self.dense):
-            init_weights(module)
-
-    def states(
-        self, tokens: Tensor, keep: Tensor | None = None, types: Tensor | None = None
-    ) -> Tensor:
-        """(B, T) -> (B, T, C), the last block's output. keep: False at padding."""
-        size, T = self.config.block_size, tokens.shape[1]
-        if size < T:
-            raise BertError(f"{T} tokens are more than the block_size of {size}")
-        if keep is not None and not keep.any(1).all():
-            raise BertError("a text is all padding; leave it out")
-        types = torch.zeros_like(tokens) if types is None else types
-        assert self.wpe is not None
-        x = self.wte(tokens) + self.wpe.weight[:T] + self.wtt(types)
-        x = self.drop(self.ln_0(x))
-        for block in self.h:
-            x = block(x, keep)
-        return x
-
-    def hidden(self, tokens: Tensor, *options) -> Tensor:
-        """(B, T) -> (B, T, C), what the head reads. options: as in `states`."""
-        return self.ln_f(F.gelu(self.dense(self.states(tokens, *options))))
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return super().head(hidden) + self.bias
-
-
-BERT_NAMES = {  # ours -> transformers'
-    "wte": "bert.embeddings.word_embeddings",
-    "wpe": "bert.embeddings.position_embeddings",
-    "wtt": "bert.embeddings.token_type_embeddings",
-    "ln_0": "bert.embeddings.LayerNorm",
-    "dense": "cls.predictions.transform.dense",
-    "ln_f": "cls.predictions.transform.LayerNorm",
-    "attn.c_proj": "attention.output.dense",
-    "ln_1": "attention.output.LayerNorm",
-    "mlp.c_fc": "intermediate.dense",
-    "mlp.c_proj": "output.dense",
-    "ln_2": "output.LayerNorm",
-}
-QKV = ("query", "key", "value")
-
-
-def from_bert(theirs, mask_token: int = 103) -> Bert:
-    """A `transformers.BertForMaskedLM` as our `Bert`. 103 is BERT's own [MASK].
-
-    Raises BertError for a configuration that differs in more than the shape.
-    """
-    c, weights = theirs.config, dict(theirs.state_dict())
-    for name, ours in {
-        "hidden_act": "gelu",
-        "intermediate_size": 4 * c.hidden_size,
-        "tie_word_embeddings": True,
-        "is_decoder": False,
-    }.items():
-        if (value := getattr(c, name, ours)) != ours:
-            raise BertError(f"{name} is {value!r}; only {ours!r} fits our model")
-    model = Bert(
-        BertConfig(
-            n_layer=c.num_hidden_layers,
-            n_head=c.num_attention_heads,
-            n_embd=c.hidden_size,
-            block_size=c.max_position_embeddings,
-            vocab_size=c.vocab_size,
-            n_types=c.type_vocab_size,
-            norm_eps=c.layer_norm_eps,
-            mask_token=mask_token,
-        )
-    )
-
-    def find(name: str) -> Tensor:
-        if name == "bias":
-            return weights["cls.predictions.bias"]
-        layer, _, rest = name.rpartition(".")
-        prefix = ""
-        if layer.startswith("h."):
-            _, number, layer = layer.split(".", 2)
-            prefix = f"bert.encoder.layer.{number}."
-        if layer == "attn.c_attn":
-            parts = (f"{prefix}attention.self.{n}.{rest}" for n in QKV)
-            return torch.cat([weights[part] for part in parts])
-        return weights[f"{prefix}{BERT_NAMES[layer]}.{rest}"]
-
-    model.load_state_dict({name: find(name) for name in model.state_dict()})
-    return model.eval()

@@ -13,8 +13,6 @@ from gptlib.attention import influence
 from gptlib.batches import Batches
 from gptlib.bert import (
     KIND_WORDS,
-    Bert,
-    BertConfig,
     BertError,
     Classifier,
     EncoderConfig,
@@ -23,7 +21,6 @@ from gptlib.bert import (
     MaskedBatches,
     blank_log_probs,
     class_loss,
-    from_bert,
     hide,
     kind_examples,
     mask_token,
@@ -34,6 +31,7 @@ from gptlib.gpt import GPT, GPTConfig
 from gptlib.sampling import generate
 from gptlib.tokenizer import Tokenizer, train_bpe
 from gptlib.training import TrainConfig, TrainState, WithLoss, optimizer_of, train
+from gptlib.workshop.bert_exchange import Bert, BertConfig, from_bert
 from gptlib.workshop.tinywiki import KINDS, TinyWiki
 
 
