@@ -321,10 +321,10 @@ class OneRowLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class OneRowGPT(GPT):
-    """A GPT whose matrices are quick for a single row, and have no gradient."""
+class SamplingCopy(GPT):
+    """A GPT without gradients, whose Linears are replaced by what `layer` makes."""
 
-    def __init__(self, model: GPT, dtype: torch.dtype):
+    def __init__(self, model: GPT, layer: Callable[[nn.Linear], nn.Module]):
         with torch.device("meta"):
             super().__init__(model.config)
             self.table = nn.Linear(model.config.n_embd, model.config.vocab_size, False)
@@ -334,9 +334,9 @@ class OneRowGPT(GPT):
         )
         self.requires_grad_(False)
         for parent in list(self.modules()):
-            for name, layer in list(parent.named_children()):
-                if isinstance(layer, nn.Linear):
-                    setattr(parent, name, OneRowLinear(layer, dtype))
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, layer(child))
 
     def head(self, hidden: Tensor) -> Tensor:
         return self.table(hidden)
@@ -353,4 +353,5 @@ def sampling_copy(model: GPT, *, dtype: torch.dtype | None = None) -> GPT:
     dtype = dtype or weight.dtype
     if weight.device.type != "cpu" or not compiled_products(weight.shape, dtype):
         return model
-    return OneRowGPT(model, dtype).train(model.training)
+    layer = functools.partial(OneRowLinear, dtype=dtype)
+    return SamplingCopy(model, layer).train(model.training)

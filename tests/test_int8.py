@@ -12,9 +12,10 @@ from gptlib.workshop.int8 import Int8Linear, int8_copy
 
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "vocab_size": 300}
+DEFAULT = GPTConfig(**SHAPE)
 
 
-def model_of(config: GPTConfig = GPTConfig(**SHAPE), seed: int = 0) -> GPT:
+def model_of(config: GPTConfig = DEFAULT, seed: int = 0) -> GPT:
     torch.manual_seed(seed)
     model = GPT(config).eval()
     for p in model.parameters():
@@ -64,7 +65,7 @@ def test_a_copy_gives_nearly_the_models_logits(parts):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     copy, tokens = int8_copy(model), torch.arange(20)[None]
     right, found = model(tokens)[0], copy(tokens)[0]
-    assert 0 < (found - right).abs().max() < 0.1 * right.std()
+    assert 0 < (found - right).std() < 0.1 * right.std()
     assert not any(isinstance(m, nn.Linear) for m in copy.modules())
     assert all(torch.equal(p, model.state_dict()[n]) for n, p in before.items())
     assert not any(p.requires_grad for p in copy.parameters())

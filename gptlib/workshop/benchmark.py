@@ -36,6 +36,7 @@ from gptlib.training import (
     training_step,
 )
 from gptlib.workshop.devices import peak_flops, peak_memory, pick_device, pick_precision
+from gptlib.workshop.int8 import int8_copy
 from gptlib.workshop.watching import errors_in_one_line
 
 
@@ -54,7 +55,7 @@ class Variant:
     precision: str  # auto: what `gptlib pretrain` takes on this device
     loss_fn: Callable | None = None  # of a training step; None: a variant of sampling
     use_cache: bool = False
-    copy_dtype: torch.dtype | None = None  # of `sampling_copy`
+    copy: Callable[[GPT], GPT] | None = None  # that samples in place of the model
 
 
 def shipped_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -63,6 +64,7 @@ def shipped_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     return loss_fn(model, tokens, targets)
 
 
+bf16_copy = functools.partial(sampling_copy, dtype=torch.bfloat16)
 VARIANTS = {
     "plain-fp32": Variant("fp32", plain_loss),
     "plain-bf16": Variant("bf16", plain_loss),
@@ -72,8 +74,9 @@ VARIANTS = {
     "library": Variant("fp32", library_loss),
     "no-cache": Variant("fp32"),
     "cache": Variant("fp32", use_cache=True),
-    "cache-one-row": Variant("fp32", use_cache=True, copy_dtype=torch.float32),
-    "cache-one-row-bf16": Variant("fp32", use_cache=True, copy_dtype=torch.bfloat16),
+    "cache-one-row": Variant("fp32", use_cache=True, copy=sampling_copy),
+    "cache-one-row-bf16": Variant("fp32", use_cache=True, copy=bf16_copy),
+    "cache-int8": Variant("fp32", use_cache=True, copy=int8_copy),
 }
 if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
     del VARIANTS["library"]
@@ -141,8 +144,8 @@ def training_rate(
 
 def sampling_rate(variant: Variant, model: GPT, new_tokens: int) -> float:
     """New tokens per second of one text, after a short one that warms up."""
-    if variant.copy_dtype:
-        model = sampling_copy(model, dtype=variant.copy_dtype)
+    if variant.copy:
+        model = variant.copy(model)
     prompt = torch.randint(model.config.vocab_size, (1, 16), device=model.device)
     seconds = 0.0
     for n in (8, new_tokens):
