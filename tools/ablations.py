@@ -2,12 +2,12 @@
 
 `python tools/ablations.py GROUP` runs what the group still lacks in
 ledger/ablations/runs.jsonl, two runs at a time with one thread each. Chapter 24 shows
-the groups from `parts` on, and the page "What did not work" the others. Model, data and budget were fixed before the first run: 4
-layers of width 128 on the books, a vocabulary of 2,048 tokens trained on them,
-2,048,000 tokens of training (a third of it where said), every schedule scaled to the
-length of its run. The final loss is that of the same 131,072 validation tokens.
-`parts-tinywiki` trains the preset `demo`. Needs GPTLIB_DATA, the folder that holds
-`books`.
+the groups from `parts` on, and the page "What did not work" the others. Model, data and
+budget were fixed before the first run: 4 layers of width 128 on the books, a vocabulary
+of 2,048 tokens trained on them, 2,048,000 tokens of training (a third of it where
+said), every schedule scaled to the length of its run. The final loss is that of the
+same 131,072 validation tokens. `parts-tinywiki` trains the preset `demo`. Needs
+GPTLIB_DATA, the folder that holds `books`.
 """
 
 import dataclasses
@@ -118,7 +118,10 @@ GROUPS["part-rates"] = (
     },
     [1],
 )
-GROUPS["better-rate"] = ({"modern, rate 0.5": part("modern", 0.5)}, [1, 2, 3])
+GROUPS["better-rates"] = (
+    {"modern, rate 0.5": part("modern", 0.5), "rotary, rate 2": part("rotary", 2)},
+    [1, 2, 3],
+)
 # as long as GPT-2's parts take: fewer steps, by the ratio measured in turns
 STEP = 1.15  # times the step of GPT-2's parts
 GROUPS["equal-time"] = (
