@@ -201,6 +201,9 @@ BUGS = [
     Bug("another model's rule for words", "workshop.gguf_files", '("digits", "words"): "smollm"', '("digits", "words"): "gpt-2"', "gguf::another_models_tokenizer_is_read_back"),
     Bug("an existing file overwritten", "workshop.gguf_files", "if out.exists():", "if False:", "gguf::an_existing_file_stays"),
     Bug("written in its place", "workshop.gguf_files", "part = Path(folder) / out.name", "part = out", "gguf::a_write_that_fails_leaves_nothing"),
+    Bug("one scale for a matrix", "workshop.int8", "weight.abs().amax(1)", "weight.abs().amax().repeat(len(weight))", "int8::no_weight_moves_by_more_than_half_a_scale_of_its_row"),
+    Bug("a bias lost in 8 bits", "workshop.int8", "linear_prepack(stored, bias)", "linear_prepack(stored, None)", "int8::the_bias_is_added_in_full"),
+    Bug("8 bits trusted unseen", "workshop.int8", "if not gap < 0.1:", "if False:", "int8::a_machine_that_cannot_keeps_its_model"),
     # tokenizer and corpus
     Bug("last merge first", "tokenizer", "key=lambda token: ranks.get(token, math.inf)", "key=lambda token: -ranks.get(token, -math.inf)", "tokenizer::random_vocabularies_agree_with_tiktoken"),
     Bug("outdated counts decide a merge", "tokenizer", "if self.counts[pair] == -negated:", "if True:", "tokenizer::the_trainer_equals_its_definition"),
