@@ -6,8 +6,9 @@ the groups from `parts` on, and the page "What did not work" the others. Model, 
 budget were fixed before the first run: 4 layers of width 128 on the books, a vocabulary
 of 2,048 tokens trained on them, 2,048,000 tokens of training (a third of it where
 said), every schedule scaled to the length of its run. The final loss is that of the
-same 131,072 validation tokens. `parts-tinywiki` trains the preset `demo`. Needs
-GPTLIB_DATA, the folder that holds `books`.
+same 131,072 validation tokens. `parts-tinywiki` trains the preset `demo`; the
+chapter shows the loss that these runs measured themselves. Needs GPTLIB_DATA, the
+folder that holds `books`.
 """
 
 import dataclasses
