@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from engine import randomise
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -58,13 +59,6 @@ TOKENIZER = Tokenizer.from_merges(train_bpe([TEXT], 290), "own")
 def quiet():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def randomise(model, std: float = 0.3):
-    """All parameters unlike their defaults and unlike each other, so that none can be forgotten."""
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=std)
-    return model.eval()
 
 
 def run_of(path, **options) -> Run:
