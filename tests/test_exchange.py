@@ -73,7 +73,7 @@ def run_of(path, **options) -> Run:
     config = GPTConfig(**shape | options)
     train = TrainConfig(model=config, corpus="own", tokenizer="own")
     path.mkdir(exist_ok=True)
-    return Run(path, randomise(GPT(config)), TOKENIZER, train, 5)
+    return Run(path, randomise(GPT(config)).eval(), TOKENIZER, train, 5)
 
 
 @torch.no_grad()
@@ -232,7 +232,7 @@ def test_any_gpt2_shape_comes_in_with_equal_logits(shape, activation):
         activation_function=activation, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
-    theirs = randomise(GPT2LMHeadModel(config), 0.2)
+    theirs = randomise(GPT2LMHeadModel(config), 0.2).eval()
     model = from_gpt2_weights(theirs.state_dict(), our_config(config.to_dict()))
     assert gap(model, theirs, torch.randint(0, vocab, (2, n_positions))) < 1e-4
     back = to_gpt2_weights(model, vocab)
@@ -311,6 +311,12 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     cases = [
         ("config.json", None, "no config.json there"),
         ("config.json", "{", "config.json: damaged"),
+        (
+            "config.json",
+            "{}",
+            "config.json: model_type is None; there are gpt2, llama",
+        ),
+        ("config.json", '{"model_type": "llama"}', "config.json: .* is missing"),
         ("model.safetensors", None, "weights cannot be read"),
         ("model.safetensors", "half", "weights cannot be read"),
         ("tokenizer.json", None, "no tokenizer.json there"),
