@@ -186,7 +186,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
         grad = grad / ctx.positions  # not before: 1 / (N V) is less than fp16 can hold
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None
+        return grad_hidden * grad, grad_weight * grad, None, None, None
 
 
 def head_loss(
