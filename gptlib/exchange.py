@@ -326,7 +326,12 @@ def import_model(source: str) -> tuple[GPT, Tokenizer]:
     stored = read_json(find_file(source, "config.json"))
     kind = str(stored.get("model_type"))
     family = FAMILIES.get(kind)
-    config = our_decoder_config(stored) if family else our_config(stored)
+    try:
+        config = (our_config if kind == "gpt2" else our_decoder_config)(stored)
+    except ExchangeError as error:
+        raise ExchangeError(f"{source}, config.json: {error}") from None
+    except KeyError as error:
+        raise ExchangeError(f"{source}, config.json: {error} is missing") from None
     found = find_file(source, "tokenizer.json")
     name = Path(source).name
     if family:

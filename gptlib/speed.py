@@ -78,20 +78,21 @@ def compile_apart(function: Callable, **options) -> Callable:
 
 def is_trusted(
     what: str,
-    compiled: Callable[[], Sequence[Tensor]],
+    fast: Callable[[], Sequence[Tensor]],
     plain: Callable[[], Sequence[Tensor]],
     *,
     tolerance: float,
+    method: str = "torch.compile",
 ) -> bool:
-    """Whether compiled code gives the plain code's values and gradients on an example.
+    """Whether fast code gives the plain code's values and gradients on an example.
 
     tolerance: largest deviation, as a part of each tensor's largest entry. One line on
-    standard error says why not.
+    standard error says why `method` is not used for `what`.
     """
     try:
         gaps = [
             ((a - b).abs().max() / b.abs().max()).item()
-            for a, b in zip(compiled(), plain(), strict=True)
+            for a, b in zip(fast(), plain(), strict=True)
         ]
         if all(gap <= tolerance for gap in gaps):
             return True
@@ -99,7 +100,7 @@ def is_trusted(
     except Exception as error:  # no compiler, no Triton: all slow, none wrong
         reason = (" ".join(str(error).split()) or type(error).__name__)[:80]
     print(
-        f"torch.compile is not used for {what}: {reason}; it runs uncompiled",
+        f"{method} is not used for {what}: {reason}; the plain code runs",
         file=sys.stderr,
     )
     return False

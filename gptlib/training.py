@@ -365,7 +365,7 @@ def training_step(
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     loss = torch.zeros((), device=device)
-    for i, batch in enumerate(to_device(micro_batches, device)):  # new: to_device
+    for i, batch in enumerate(to_device(micro_batches, device)):  # new: one ahead
         seed_dropout(config, state.step, i, world.rank)  # new
         with world.accumulate(module, last=i == n - 1):  # new
             with state.precision.autocast():  # new

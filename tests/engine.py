@@ -35,17 +35,21 @@ posix = pytest.mark.skipif(
 )
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=320)
 WIKITEXT = "wikitext-sample:wikitext-103-raw-v1"
+SMALL = GPTConfig(2, 2, 16, 16, False, 264)  # for the tokenizer BYTES
 BYTES = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})
 
 
-def model_of(**options) -> GPT:
-    """A model for the tokenizer BYTES, with weights large enough to make a choice."""
-    torch.manual_seed(0)
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}
-    model = GPT(GPTConfig(**{"vocab_size": 264} | shape | options)).eval()
+def randomise(model, std: float = 0.3):
+    """The model, each parameter unlike its default and unlike the others."""
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
+        torch.nn.init.normal_(p, std=std)
     return model
+
+
+def model_of(config: GPTConfig = SMALL, *, kind=GPT, seed: int = 0, std: float = 0.3):
+    """A model with weights large enough to make a choice, in evaluation mode."""
+    torch.manual_seed(seed)
+    return randomise(kind(config), std).eval()
 
 
 @pytest.fixture(scope="session")

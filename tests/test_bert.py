@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from engine import model_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -40,14 +41,6 @@ SHAPE = EncoderConfig(2, 2, 16, 12, False, 40, mask_token=MASK)
 BERT = BertConfig(
     n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=40, mask_token=MASK
 )
-
-
-def model_of(config=SHAPE, kind=GPT, seed: int = 0):
-    torch.manual_seed(seed)
-    model = kind(config).eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3)
-    return model
 
 
 def some_tokens(rows: int = 2, length: int = 8, seed: int = 0) -> torch.Tensor:
@@ -87,7 +80,7 @@ def test_an_encoder_has_the_weights_of_a_gpt():
 
 
 def test_padding_is_not_read():
-    model, tokens = model_of(BERT, Bert), some_tokens()
+    model, tokens = model_of(BERT, kind=Bert), some_tokens()
     keep = torch.ones(2, 8, dtype=torch.bool)
     keep[1, 5:] = False
     other = tokens.clone()
@@ -177,7 +170,7 @@ def batches(n: int = 6) -> MaskedBatches:
 
 
 def test_only_chosen_tokens_count():
-    model, masked = model_of(), batches()
+    model, masked = model_of(SHAPE), batches()
     ((read, targets, weights),) = masked.micro_batches(0, 6)
     (tokens, _), *_ = masked.batches.micro_batches(0, 6)
     assert torch.equal(targets, tokens)
@@ -198,7 +191,7 @@ def test_only_chosen_tokens_count():
 
 @pytest.mark.parametrize("size, world", [(6, 1), (2, 1), (1, 1), (3, 2), (1, 3)])
 def test_a_step_is_the_same_in_micro_batches(size, world):
-    model, masked = model_of(), batches()
+    model, masked = model_of(SHAPE), batches()
     whole = weighted_loss(model, *next(masked.micro_batches(3, 6)))
     parts = [
         weighted_loss(model, *batch)
@@ -242,7 +235,7 @@ def test_an_encoder_learns_from_the_right():
 
 
 def test_pseudo_log_probs_hide_one_token_each():
-    model, ids = model_of(), some_tokens(1)[0].tolist()
+    model, ids = model_of(SHAPE), some_tokens(1)[0].tolist()
     found = pseudo_log_probs(model, ids)
     for i, token in enumerate(ids):
         read = torch.tensor([ids[:i] + [MASK] + ids[i + 1 :]])
@@ -252,7 +245,7 @@ def test_pseudo_log_probs_hide_one_token_each():
 
 
 def test_a_blank_is_told_from_left_to_right():
-    model, (left, right) = model_of(), some_tokens(2, 3).tolist()
+    model, (left, right) = model_of(SHAPE), some_tokens(2, 3).tolist()
     blanks = [(left, [5, 6], right), (left, [7], right), (left, [], right)]
     found = blank_log_probs(model, blanks)
 
@@ -270,9 +263,9 @@ def test_a_blank_is_told_from_left_to_right():
 
 def test_a_blank_is_refused_if_it_does_not_fit():
     with pytest.raises(BertError, match="^.*12.*$"):
-        blank_log_probs(model_of(), [([5] * 11, [6, 7], [])])
+        blank_log_probs(model_of(SHAPE), [([5] * 11, [6, 7], [])])
     short = blank_log_probs(
-        model_of(), [([5] * 8, [6], [7] * 3), ([5] * 8, [6], [7] * 9)]
+        model_of(SHAPE), [([5] * 8, [6], [7] * 3), ([5] * 8, [6], [7] * 9)]
     )
     assert torch.equal(short[0], short[1])  # the right is cut
 
@@ -281,7 +274,7 @@ def test_a_blank_is_refused_if_it_does_not_fit():
 
 
 def test_a_classifier_reads_one_place():
-    model = model_of()
+    model = model_of(SHAPE)
     tokens = some_tokens()
     for place in (0, -1):
         classifier = Classifier(model, 7, place)
@@ -327,7 +320,7 @@ def test_kinds_hide_their_names(tokenizer):
 
 
 def test_bad_input_is_refused_in_one_line():
-    model, long = model_of(BERT, Bert), some_tokens(1, 13)
+    model, long = model_of(BERT, kind=Bert), some_tokens(1, 13)
     none = torch.zeros(1, 8, dtype=torch.bool)
     attempts = {
         "mask_token is 40": lambda: EncoderConfig(
@@ -340,7 +333,7 @@ def test_bad_input_is_refused_in_one_line():
         "parts are": lambda: hide(long, MASK, 40, seed=0, step=0, parts=(0.9, 0.2)),
         "13 tokens": lambda: model(long),
         "all padding": lambda: model.states(some_tokens(1), none),
-        "no cache": lambda: generate(model_of(), some_tokens(1, 4), 3),
+        "no cache": lambda: generate(model_of(SHAPE), some_tokens(1, 4), 3),
     }
     for said, attempt in attempts.items():
         with pytest.raises(BertError) as error:

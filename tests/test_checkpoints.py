@@ -223,6 +223,9 @@ def test_a_damaged_best_gives_way_to_the_newest(tmp_path, how):
     damage(saved.path(10, "model.pt"), how)
     saved = Checkpoints(tmp_path, say=said.append)
     assert saved.load_best() is None and "taking the newest" in said[0]
+    damage(saved.path(12, "pt"), how)  # and then nothing is left
+    with pytest.raises(CheckpointError, match="none of 2 checkpoints is whole"):
+        saved.load_newest()
     for text in ("", "99", "x"):
         (tmp_path / "best").write_text(text)
         assert saved.best() is None

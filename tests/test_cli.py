@@ -249,6 +249,14 @@ def test_evaluation_makes_the_folder_of_its_result(place):
     assert "one document, no interval" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "name, value", [("max-new-tokens", "-3"), ("samples", "0"), ("seed", "9" * 25)]
+)
+def test_a_number_of_sample_out_of_range_is_one_line(place, name, value):
+    arguments = ["sample", "--run", "run", f"--{name}", value]
+    one_line(command(place, *arguments), name.replace("-", "_"), value)
+
+
 def test_watch_needs_a_run(place):
     one_line(command(place, "watch", "missing"), "missing")
 
@@ -283,6 +291,21 @@ def test_nobody_reads_on_and_nothing_is_said(place, arguments):
     done = subprocess.run(code, cwd=place, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["watch", "--help"], ["--version"]])
+def test_python_m_gptlib_is_the_command_line(tmp_path, arguments):
+    ways = [
+        subprocess.run(
+            [sys.executable, "-m", name, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        for name in ("gptlib", "gptlib.workshop.command")
+    ]
+    assert ways[0].stdout == ways[1].stdout != ""
+    assert [way.returncode for way in ways] == [0, 0]
 
 
 def test_an_unknown_command_is_one_line(tmp_path):
@@ -326,11 +349,14 @@ def test_help_on_each_command_is_one_screen_and_needs_no_torch(tmp_path):
                 flag = field.name.replace("_", "-")
                 flag = "no-" + flag if default is True else flag
                 flag = "model." + flag if "Config" in name else flag
-                (line,) = (s for s in lines if s.startswith(f"  --{flag} "))
+                flag = "--" + flag
+                if "Positional" in made.__annotations__[field.name]:
+                    flag = field.name.upper()
+                (line,) = (s for s in lines if s.startswith(f"  {flag} "))
                 if default is dataclasses.MISSING:
                     assert line.endswith("(required)")
                 elif not isinstance(default, bool | None) and default != "":
-                    assert line.startswith(f"  --{flag} {default}"), line
+                    assert line.startswith(f"  {flag} {default}"), line
 
 
 def test_sample_by_command_equals_sample_by_library(place):

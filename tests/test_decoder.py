@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from engine import model_of
 
 from gptlib import GptlibError
 from gptlib.attention import influence
@@ -51,13 +52,8 @@ PARTS = {
 TOKENS = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-def model_of(**parts) -> GPT:
-    """With weights unlike their defaults and unlike each other."""
-    torch.manual_seed(0)
-    model = GPT(DecoderConfig(**SHAPE, **parts)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+def decoder_of(**parts) -> GPT:
+    return model_of(DecoderConfig(**SHAPE, **parts))
 
 
 def each_part():
@@ -86,7 +82,7 @@ def test_a_configuration_comes_back_from_its_fields(parts):
 
 @each_part()
 def test_no_logit_depends_on_a_later_token_and_all_on_every_earlier(parts):
-    model = model_of(**parts).double()
+    model = decoder_of(**parts).double()
 
     def logits_of(x):
         for block in model.h:
@@ -100,7 +96,7 @@ def test_no_logit_depends_on_a_later_token_and_all_on_every_earlier(parts):
 
 @each_part()
 def test_cached_equals_uncached_in_any_pieces_and_beyond_the_block(parts):
-    model = model_of(**parts)
+    model = decoder_of(**parts)
     whole, cache, pieces = model.hidden(TOKENS), KVCache(model), []
     for a, b in ((0, 5), (5, 6), (6, 20), (20, 24)):
         pieces.append(model.hidden(TOKENS[:, a:b], cache))
@@ -111,7 +107,7 @@ def test_cached_equals_uncached_in_any_pieces_and_beyond_the_block(parts):
 
 @each_part()
 def test_fast_losses_and_the_sampling_copy_equal_the_plain_ones(parts):
-    model, targets = model_of(**parts), TOKENS.roll(-1, 1)
+    model, targets = decoder_of(**parts), TOKENS.roll(-1, 1)
     plain = torch.autograd.grad(plain_loss(model, TOKENS, targets), list(model.parameters()))  # fmt: skip
     for compiled in (False, True) if parts == LLAMA else (False,):  # a minute each
         loss = FastLoss(chunked=True, compiled=compiled)(model, TOKENS, targets)
@@ -136,14 +132,14 @@ def test_rotary_scores_depend_on_distances_only():
 @torch.no_grad()
 def test_values_stay_as_they_are():
     """Of equal tokens all values are equal, and so is every average of them."""
-    attention = model_of(positions="rotary").h[0].attn
+    attention = decoder_of(positions="rotary").h[0].attn
     out = attention(torch.randn(1, 1, 32).expand(1, 24, 32))
     assert torch.allclose(out, out[:, :1].expand_as(out), atol=1e-4)
 
 
 def test_a_cached_key_has_its_own_angle():
     """With one layer, adding the same number to all positions changes no score."""
-    model = model_of(positions="rotary")
+    model = decoder_of(positions="rotary")
     attention, x = model.h[0].attn, torch.randn(1, 6, 32)
     whole = attention(x)
     cache = KVCache(model).layers[0]
@@ -188,7 +184,7 @@ def test_alibi_slopes_and_bias():
 
 
 def test_grouped_heads_equal_heads_with_repeated_rows():
-    grouped = model_of(n_kv_head=2)
+    grouped = decoder_of(n_kv_head=2)
     full = GPT(DecoderConfig(**SHAPE))
     state = dict(grouped.state_dict())
     for name in list(state):
@@ -209,7 +205,7 @@ def test_swiglu_and_rms_are_their_formulas():
     z = x @ gate.T
     right = (z / (1 + (-z).exp()) * (x @ up.T)) @ mlp.c_proj.weight.T
     assert torch.allclose(mlp(x), right, atol=1e-6)
-    model = model_of(norm="rms")
+    model = decoder_of(norm="rms")
     gain = model.ln_f.weight
     x = torch.randn(2, 32)
     right = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain

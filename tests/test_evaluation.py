@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from engine import BYTES, WIKITEXT, model_of
+from engine import BYTES, SMALL, WIKITEXT, model_of
 
 from gptlib.evaluation import (
     Evaluation,
@@ -100,7 +100,7 @@ def test_batch_size_does_not_matter(stride):
 
 
 def test_training_mode_and_dropout_are_handled():
-    model = model_of(dropout=0.5).train()
+    model = model_of(dataclasses.replace(SMALL, dropout=0.5)).train()
     ids = np.arange(60)
     assert np.array_equal(token_losses(model, ids), token_losses(model, ids))
     assert model.training

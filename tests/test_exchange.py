@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from engine import randomise
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -60,13 +61,6 @@ def quiet():
     transformers.logging.disable_progress_bar()
 
 
-def randomise(model, std: float = 0.3):
-    """All parameters unlike their defaults and unlike each other, so that none can be forgotten."""
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=std)
-    return model.eval()
-
-
 def run_of(path, **options) -> Run:
     torch.manual_seed(0)
     shape = {
@@ -79,7 +73,7 @@ def run_of(path, **options) -> Run:
     config = GPTConfig(**shape | options)
     train = TrainConfig(model=config, corpus="own", tokenizer="own")
     path.mkdir(exist_ok=True)
-    return Run(path, randomise(GPT(config)), TOKENIZER, train, 5)
+    return Run(path, randomise(GPT(config)).eval(), TOKENIZER, train, 5)
 
 
 @torch.no_grad()
@@ -238,7 +232,7 @@ def test_any_gpt2_shape_comes_in_with_equal_logits(shape, activation):
         activation_function=activation, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
-    theirs = randomise(GPT2LMHeadModel(config), 0.2)
+    theirs = randomise(GPT2LMHeadModel(config), 0.2).eval()
     model = from_gpt2_weights(theirs.state_dict(), our_config(config.to_dict()))
     assert gap(model, theirs, torch.randint(0, vocab, (2, n_positions))) < 1e-4
     back = to_gpt2_weights(model, vocab)
@@ -317,6 +311,12 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     cases = [
         ("config.json", None, "no config.json there"),
         ("config.json", "{", "config.json: damaged"),
+        (
+            "config.json",
+            "{}",
+            "config.json: model_type is None; there are gpt2, llama",
+        ),
+        ("config.json", '{"model_type": "llama"}', "config.json: .* is missing"),
         ("model.safetensors", None, "weights cannot be read"),
         ("model.safetensors", "half", "weights cannot be read"),
         ("tokenizer.json", None, "no tokenizer.json there"),

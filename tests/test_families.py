@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from engine import model_of
 from tokenizers import (
     Regex,
     decoders,
@@ -71,21 +72,17 @@ GRID = [
 ]
 
 
-def model_of(family: str, shape: str = "small", options: str = "full heads") -> GPT:
-    torch.manual_seed(0)
+def family_model(family: str, shape: str = "small", options: str = "full heads") -> GPT:
     more = dict(OPTIONS[options])
     if options == "grouped":
         more["n_kv_head"] = {"small": 2, "three heads": 1}[shape]
-    model = GPT(DecoderConfig(**SHAPES[shape], **FAMILIES[family].parts, **more)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+    return model_of(DecoderConfig(**SHAPES[shape], **FAMILIES[family].parts, **more))
 
 
 @pytest.mark.parametrize("family, shape, options", GRID)
 @torch.no_grad()
 def test_logits_equal_transformers_in_both_directions(family, shape, options):
-    ours = model_of(family, shape, options)
+    ours = family_model(family, shape, options)
     n_vocab = ours.config.vocab_size
     tokens = torch.randint(n_vocab, (2, ours.config.block_size))
     theirs = to_family(ours, n_vocab, 0)
@@ -173,7 +170,7 @@ def test_parts_that_no_class_has_are_named():
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit_are_named(change, message):
-    ours = model_of("llama")
+    ours = family_model("llama")
     weights = to_family(ours, 64, 0).state_dict() | change
     weights = {name: value for name, value in weights.items() if value is not None}
     with pytest.raises(ExchangeError, match=message):

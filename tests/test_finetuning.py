@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from engine import model_of
 from torch.nn import functional as F
 
 from gptlib.finetuning import (
@@ -71,14 +72,6 @@ TALK = [
 ]
 
 
-def model_of(shape: GPTConfig = SHAPE) -> GPT:
-    torch.manual_seed(0)
-    model = GPT(shape)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
-
-
 def chat(question: str, answer: str) -> list[dict]:
     return [
         {"role": "user", "content": question},
@@ -135,7 +128,7 @@ def test_the_end_of_the_turn_is_learned():
 
 
 def test_what_is_not_learned_has_no_influence_on_the_loss():
-    model = model_of()
+    model = model_of(SHAPE)
     tokens, targets, weights = chat_batch(ROWS[:4], 1.0)
     before = weighted_loss(model, tokens, targets, weights)
     other = torch.where(weights > 0, targets, (targets + 1) % 256)
@@ -146,7 +139,7 @@ def test_what_is_not_learned_has_no_influence_on_the_loss():
 
 
 def test_the_weighted_loss_is_torchs_with_an_ignored_index():
-    model = model_of()
+    model = model_of(SHAPE)
     tokens, targets, weights = chat_batch(ROWS[:4], 1.0)
     marked = targets.masked_fill(weights == 0, -100)
     expected = model(tokens, marked)[1]
@@ -156,7 +149,7 @@ def test_the_weighted_loss_is_torchs_with_an_ignored_index():
 
 
 def test_a_micro_batch_without_a_target_is_zero_and_not_nan():
-    model = model_of()
+    model = model_of(SHAPE)
     tokens, targets, weights = chat_batch(ROWS[:2], 0.0)
     loss = weighted_loss(model, tokens, targets, weights)
     loss.backward()
@@ -166,7 +159,7 @@ def test_a_micro_batch_without_a_target_is_zero_and_not_nan():
 
 
 def test_padded_together_equals_one_by_one():
-    model = model_of()
+    model = model_of(SHAPE)
     tokens, targets, weights = chat_batch(ROWS[:6], 1.0)
     together = weighted_loss(model, tokens, targets, weights)
     alone = sum(weighted_loss(model, *chat_batch([row], 1.0)) for row in ROWS[:6])
@@ -174,7 +167,7 @@ def test_padded_together_equals_one_by_one():
 
 
 def test_conversations_do_not_see_each_other():
-    model = model_of()
+    model = model_of(SHAPE)
     tokens = chat_batch(ROWS[:3], 1.0)[0]
     changed = tokens.clone()
     changed[0, :10] = 7
@@ -186,7 +179,7 @@ def test_conversations_do_not_see_each_other():
 def test_a_step_is_the_mean_over_its_answer_tokens_for_any_micro_batch(size):
     batches, config = ChatBatches(ROWS, 8, 5), TrainConfig(SHAPE, batch_size=8)
     rows = [ROWS[i] for i in batches.offsets(0)]
-    model = model_of()
+    model = model_of(SHAPE)
     total = sum(sum(learned) for _, learned in rows)
     mean = weighted_loss(model, *chat_batch(rows, 1.0)) / total
     mean.backward()
@@ -203,7 +196,7 @@ def test_a_step_is_the_mean_over_its_answer_tokens_for_any_micro_batch(size):
 
 
 def test_validation_is_the_same_mean_with_unequal_groups():
-    model, batches = model_of(), ChatBatches(ROWS, 10, 5)
+    model, batches = model_of(SHAPE), ChatBatches(ROWS, 10, 5)
     module, losses = WithLoss(model, weighted_loss), []
     for size in (10, 4, 3):
         losses.append(validation_loss(module, batches, TrainState.precision, size))
@@ -503,7 +496,7 @@ def test_pretraining_still_pairs_tokens_and_targets():
 def overfitted() -> GPT:
     """A model that has learned two conversations by heart."""
     rows = [encode_chat(BYTES, c) for c in (chat("Who ?", "Anna"), TALK)]
-    model = model_of()
+    model = model_of(SHAPE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(120):
         weighted_loss(model, *chat_batch(rows, 0.1)).backward()
@@ -519,7 +512,7 @@ def test_a_reply_ends_at_the_end_of_its_turn():
 
 
 def test_a_reply_fills_the_block_at_most():
-    model = model_of()
+    model = model_of(SHAPE)
     rows = len(encode_chat(BYTES, TALK[:1])[0]) + 1
     text = "".join(stream_reply(model, BYTES, TALK[:1], temperature=5.0, seed=1))
     assert len(text.encode()) <= (SHAPE.block_size - rows) * 3 and model.training

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from engine import model_of
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -50,15 +51,6 @@ LLAMAS = {
     "untied": DecoderConfig(**SHAPE, **LLAMA, tied_head=False),
 }  # fmt: skip
 CONFIGS = GPT2 | LLAMAS
-
-
-def model_of(config: GPTConfig, std: float = 0.3) -> GPT:
-    """With weights unlike their defaults and unlike each other."""
-    torch.manual_seed(0)
-    model = GPT(config).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=std)
-    return model
 
 
 def fields_of(path) -> dict:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from engine import model_of
 from torch import nn
 
 import gptlib.workshop.int8 as int8
@@ -13,14 +14,6 @@ from gptlib.workshop.int8 import Int8Linear, int8_copy
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "vocab_size": 300}
 DEFAULT = GPTConfig(**SHAPE)
-
-
-def model_of(config: GPTConfig = DEFAULT, seed: int = 0) -> GPT:
-    torch.manual_seed(seed)
-    model = GPT(config).eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    return model
 
 
 def linear(bias: bool = False) -> nn.Linear:
@@ -61,7 +54,7 @@ def test_a_row_of_zeros_stays_zero():
     ids=str,
 )  # fmt: skip
 def test_a_copy_gives_nearly_the_models_logits(parts):
-    model = model_of(DecoderConfig(**SHAPE, **parts))
+    model = model_of(DecoderConfig(**SHAPE, **parts), std=0.2)
     before = {name: p.clone() for name, p in model.state_dict().items()}
     copy, tokens = int8_copy(model), torch.arange(20)[None]
     right, found = model(tokens)[0], copy(tokens)[0]
@@ -73,7 +66,7 @@ def test_a_copy_gives_nearly_the_models_logits(parts):
 
 
 def test_a_copy_writes_with_and_without_a_cache():
-    copy = int8_copy(model_of())
+    copy = int8_copy(model_of(DEFAULT, std=0.2))
     texts = [
         generate(copy, torch.zeros(1, 1, dtype=torch.int64), 12, temperature=0, use_cache=on)
         for on in (True, False)
@@ -86,21 +79,35 @@ def test_another_device_keeps_its_model(capsys):
     with torch.device("meta"):
         model = GPT(GPTConfig(**SHAPE))
     assert int8_copy(model) is model
-    assert "no weights of 8 bits: the model is on meta" in capsys.readouterr().err
+    said = "arithmetic of 8 bits is not used for sampling: it needs a CPU"
+    assert f"{said}, the model is on meta" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "broken, reason",
     [
-        (lambda self, x: 2 * x[..., :48] + 3, "wrong by"),
-        (lambda self, x: torch.full((1, 48), float("nan")), "wrong by nan"),
+        (lambda self, x: 2 * x[..., :48] + 3, "wrong by up to"),
+        (lambda self, x: torch.full((1, 48), float("nan")), "wrong by up to nan"),
         (lambda self, x: 1 / 0, "division by zero"),
     ],
     ids=["wrong", "nan", "no engine"],
 )
 def test_a_machine_that_cannot_keeps_its_model(broken, reason, monkeypatch, capsys):
     monkeypatch.setattr(int8.Int8Linear, "forward", broken)
-    model = model_of()
+    model = model_of(DEFAULT, std=0.2)
     assert int8_copy(model) is model
     said = capsys.readouterr().err
-    assert f"no weights of 8 bits: {reason}" in said and said.count("\n") == 1
+    line = f"arithmetic of 8 bits is not used for sampling: {reason}"
+    assert line in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_users_random_numbers_are_left_alone(works, monkeypatch):
+    if not works:
+        monkeypatch.setattr(int8.Int8Linear, "forward", lambda self, x: x)
+    model = model_of(DEFAULT, std=0.2)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    assert (int8_copy(model) is model) != works
+    assert torch.equal(torch.rand(3), expected)

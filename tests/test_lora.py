@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+from engine import model_of
 from torch import nn
 
 from gptlib.exchange import export_run
@@ -45,17 +46,9 @@ needs_peft = pytest.mark.skipif(
 )
 
 
-def model_of(shape: GPTConfig = SHAPE, seed: int = 0) -> GPT:
-    torch.manual_seed(seed)
-    model = GPT(shape).eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3)
-    return model
-
-
 def adapted(rank: int = 4, alpha: float = 8.0, seed: int = 0) -> GPT:
     """A model with adapters that change something."""
-    model = model_of()
+    model = model_of(SHAPE)
     add_adapters(model, rank, alpha, seed)
     draws = torch.Generator().manual_seed(seed + 1)
     for layer in adapters(model).values():
@@ -94,7 +87,7 @@ def test_alpha_is_divided_by_the_rank(rank):
 
 
 def test_at_the_start_it_is_the_base_bit_for_bit_and_something_can_move():
-    model = model_of()
+    model = model_of(SHAPE)
     before = logits(model)
     add_adapters(model, 4)
     assert torch.equal(logits(model), before)
@@ -104,7 +97,7 @@ def test_at_the_start_it_is_the_base_bit_for_bit_and_something_can_move():
 
 
 def test_only_the_adapters_train():
-    model = model_of()
+    model = model_of(SHAPE)
     add_adapters(model, 4)
     bits = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(
@@ -161,21 +154,22 @@ def test_plain_weights_are_a_gpts():
     for step in (lambda m: None, merge):
         step(model)
         plain.load_state_dict(plain_weights(model, merged=False))
-        assert weights_hash(plain) == weights_hash(model_of()) == base_hash(model)
+        assert weights_hash(plain) == weights_hash(model_of(SHAPE)) == base_hash(model)
 
 
 # files
 
 
 def test_an_adapter_comes_back_and_two_are_exchanged(tmp_path):
-    one, two, served = adapted(seed=0), adapted(rank=2, alpha=3.0, seed=5), model_of()
+    one, two = adapted(seed=0), adapted(rank=2, alpha=3.0, seed=5)
+    served = model_of(SHAPE)
     save_adapter(one, tmp_path / "one")
     save_adapter(two, tmp_path / "two")
     for name, model in (("one", one), ("two", two), ("one", one)):
         load_adapter(served, tmp_path / name)
         assert torch.equal(logits(served), logits(model)), "never loaded"
-        assert not torch.equal(logits(served), logits(model_of()))
-    assert base_hash(served) == weights_hash(model_of())
+        assert not torch.equal(logits(served), logits(model_of(SHAPE)))
+    assert base_hash(served) == weights_hash(model_of(SHAPE))
     for model in (one, served):  # to save, hash or load thaws nothing
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         assert len(trained) == 16 and all("lora_" in name for name in trained)
@@ -214,7 +208,7 @@ def test_peft_opens_it_with_equal_logits(tmp_path):
 
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     save_adapter(adapted(), tmp_path)
-    other = model_of(seed=1)
+    other = model_of(SHAPE, seed=1)
     bits = weights_hash(other)
     with pytest.raises(
         LoraError, match="an adapter of another base .*; load the model"
@@ -247,7 +241,7 @@ def damage(folder, name, change):
 def test_damaged_files_are_refused_in_one_line(tmp_path, name, change, says):
     save_adapter(adapted(), tmp_path)
     damage(tmp_path, name, change)
-    model = model_of()
+    model = model_of(SHAPE)
     with pytest.raises(LoraError, match=says) as error:
         load_adapter(model, tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
@@ -256,7 +250,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, name, change, says):
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(LoraError, match="no adapter"):
-        load_adapter(model_of(), tmp_path / "nowhere")
+        load_adapter(model_of(SHAPE), tmp_path / "nowhere")
 
 
 def test_an_adapter_of_another_shape_is_refused(tmp_path):
@@ -265,7 +259,7 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path):
     save_adapter(adapted(), tmp_path)
     weights = load_file(tmp_path / FILES[1])
     save_file(weights, tmp_path / FILES[1])  # without a hash, as peft writes it
-    load_adapter(model_of(), tmp_path)
+    load_adapter(model_of(SHAPE), tmp_path)
     wide = model_of(replace(SHAPE, n_embd=32))
     with pytest.raises(LoraError, match="lora_A.weight .* is only in the file or only"):
         load_adapter(wide, tmp_path)
@@ -273,7 +267,7 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path):
 
 @pytest.mark.parametrize("rank", [0, -1, 17])
 def test_a_rank_that_no_matrix_has_is_refused(rank):
-    model = model_of()
+    model = model_of(SHAPE)
     with pytest.raises(LoraError, match=f"rank is {rank}; .* can have 1 to 16"):
         add_adapters(model, rank)
     assert not adapters(model)
@@ -397,8 +391,8 @@ def planned(base, make_state, **options):
 
 def test_a_plan_measures_what_is_trained_and_keeps_nothing(base):
     before = sorted(base.rglob("*"))
-    whole = model_of().n_parameters(include_positions=True)
-    model = model_of()
+    whole = model_of(SHAPE).n_parameters(include_positions=True)
+    model = model_of(SHAPE)
     add_adapters(model, 2)
     small = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for make_state, total, trained in (
@@ -425,7 +419,7 @@ def test_a_plan_counts_whole_cycles_after_the_first(tmp_path):
                 seconds = 50 if options.max_steps else [9, 1, 2][i % 3]
                 row = {"step": i, "seconds_per_step": seconds, "peak_bytes": 10**9}
                 file.write(json.dumps(row) + "\n" + '{"save_seconds": 1}\n')
-        return Run(options.out, model_of(), None, TrainConfig(steps=600), 3)
+        return Run(options.out, model_of(SHAPE), None, TrainConfig(steps=600), 3)
 
     text = trial(train, RunOptions(tmp_path / "never"), cycle=3)
     assert "speed        4.00 seconds a step" in text

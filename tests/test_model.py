@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from engine import model_of
 
 from gptlib.gpt import GPT, GPTConfig
 
@@ -26,10 +27,8 @@ def test_logits_equal_transformers(bias, activation):
     transformers = pytest.importorskip("transformers")
     from gptlib.exchange import gpt2_config, to_gpt2_weights
 
-    torch.manual_seed(0)
-    model = GPT(dataclasses.replace(TINY, bias=bias, activation=activation)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.5)  # the two GELUs then differ by 8e-4
+    config = dataclasses.replace(TINY, bias=bias, activation=activation)
+    model = model_of(config, std=0.5)  # the two GELUs then differ by 8e-4
     theirs = transformers.GPT2LMHeadModel(gpt2_config(model.config, 50, 49)).eval()
     theirs.load_state_dict(
         to_gpt2_weights(model, 50) | {"lm_head.weight": model.wte.weight}
@@ -79,10 +78,7 @@ def test_every_parameter_begins_as_in_gpt2():
 
 def test_the_gradient_is_the_slope_of_the_loss():
     """By differences, along a random direction of each parameter; the tied table too."""
-    torch.manual_seed(0)
-    model = GPT(dataclasses.replace(TINY, bias=True)).double()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
+    model = model_of(dataclasses.replace(TINY, bias=True)).double()
     tokens, targets = torch.randint(50, (2, 3, 12))
 
     def loss():  # `forward` rounds the logits to fp32, too coarse for differences

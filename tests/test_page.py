@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from browser import Browser, chromium
+from engine import model_of
 
 from gptlib.corpus import load_corpus
 from gptlib.gpt import GPT, GPTConfig
@@ -251,11 +252,8 @@ def test_looking_back_changes_nothing_and_shows_the_attention(engine, stored):
 def test_other_shapes_biases_and_gelu(engine, tmp_path):
     texts = ["the ferry left the village at 12 o'clock .\n" * 40]
     tokenizer = Tokenizer.from_merges(train_bpe(texts, 280), "small")
-    torch.manual_seed(0)
     config = GPTConfig(3, 3, 21, 17, True, 320, activation="gelu_tanh")
-    model = GPT(config).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
+    model = model_of(config)
     path = tmp_path / "other.js"
     export_page_weights(path, [Moment(7, model, 8)], tokenizer, max_new_tokens=3)
     _, _, (loaded,) = read_page_weights(path)

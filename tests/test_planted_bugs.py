@@ -203,7 +203,8 @@ BUGS = [
     Bug("written in its place", "workshop.gguf_files", "part = Path(folder) / out.name", "part = out", "gguf::a_write_that_fails_leaves_nothing"),
     Bug("one scale for a matrix", "workshop.int8", "weight.abs().amax(1)", "weight.abs().amax().repeat(len(weight))", "int8::no_weight_moves_by_more_than_half_a_scale_of_its_row"),
     Bug("a bias lost in 8 bits", "workshop.int8", "linear_prepack(stored, bias)", "linear_prepack(stored, None)", "int8::the_bias_is_added_in_full"),
-    Bug("8 bits trusted unseen", "workshop.int8", "if not gap < 0.1:", "if False:", "int8::a_machine_that_cannot_keeps_its_model"),
+    Bug("8 bits trusted unseen", "workshop.int8", " if trusted else model", "", "int8::a_machine_that_cannot_keeps_its_model"),
+    Bug("8 bits seed the user's numbers", "workshop.int8", "torch.random.fork_rng([])", "torch.random.fork_rng([], enabled=False)", "int8::the_users_random_numbers_are_left_alone"),
     # tokenizer and corpus
     Bug("last merge first", "tokenizer", "key=lambda token: ranks.get(token, math.inf)", "key=lambda token: -ranks.get(token, -math.inf)", "tokenizer::random_vocabularies_agree_with_tiktoken"),
     Bug("outdated counts decide a merge", "tokenizer", "if self.counts[pair] == -negated:", "if True:", "tokenizer::the_trainer_equals_its_definition"),
@@ -255,7 +256,7 @@ BUGS = [
     Bug("no norm after BERT's embeddings", "workshop.bert_exchange", "self.drop(self.ln_0(x))", "self.drop(x)", "bert::logits_equal_transformers[0]"),
     Bug("BERT's head without its bias", "workshop.bert_exchange", "super().head(hidden) + self.bias", "super().head(hidden)", "bert::logits_equal_transformers[0]"),
     Bug("BERT's epsilon forgotten", "workshop.bert_exchange", "eps=self.norm_eps, bias", "bias", "bert::bert_begins_as_bert"),
-    Bug("queries loaded as keys", "workshop.bert_exchange", 'QKV = ("query", "key", "value")', 'QKV = ("key", "query", "value")', "bert::logits_equal_transformers[0]"),
+    Bug("queries loaded as keys", "workshop.bert_exchange", '("query", "key", "value")', '("key", "query", "value")', "bert::logits_equal_transformers[0]"),
     Bug("a decoder classified by its first token", "bert", "hidden(tokens)[:, self.place]", "hidden(tokens)[:, 0]", "bert::a_classifier_reads_one_place"),
     Bug("the title's words left in", "bert", "if word.lower() not in names", "if word not in names", "bert::kinds_hide_their_names"),
     # rewards

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine import model_of
 
 from gptlib.decoder import model_config
 from gptlib.finetuning import (
@@ -23,7 +24,7 @@ from gptlib.finetuning import (
     draw_answers,
     prompt_ids,
 )
-from gptlib.gpt import GPT, GPTConfig
+from gptlib.gpt import GPTConfig
 from gptlib.rewards import (
     PromptBatches,
     RewardError,
@@ -76,14 +77,6 @@ PARTS = {
     "bloom": {"positions": "alibi", "norm_embedding": True, "bias": True},
 }
 TINY = {"steps": 12, "batch_size": 4, "eval_interval": 4, "eval_sequences": 3}
-
-
-def model_of(shape: GPTConfig = SHAPE) -> GPT:
-    torch.manual_seed(0)
-    model = GPT(shape)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
 
 
 def letters(reply: str) -> float:
@@ -158,7 +151,7 @@ def rows_of(*pairs):
 
 
 def test_only_the_answer_is_counted():
-    model, (row,) = model_of(), rows_of((b"What ?", b"So ."))
+    model, (row,) = model_of(SHAPE), rows_of((b"What ?", b"So ."))
     tokens, targets, mask = chat_batch([row], 1.0)
     found = token_log_probs(model, tokens, targets, mask, 256)
     logits = model(tokens)[0][0, -4:, :256].log_softmax(-1)
@@ -168,7 +161,10 @@ def test_only_the_answer_is_counted():
 
 
 def test_padding_is_not_counted():
-    model, rows = model_of(), rows_of((b"What ?", b"So ."), (b"a", b"Very long indeed"))
+    model, rows = (
+        model_of(SHAPE),
+        rows_of((b"What ?", b"So ."), (b"a", b"Very long indeed")),
+    )
     together = token_log_probs(model, *chat_batch(rows, 1.0), 256)
     for found, row in zip(together, rows, strict=True):
         alone = token_log_probs(model, *chat_batch([row], 1.0), 256)
@@ -177,7 +173,7 @@ def test_padding_is_not_counted():
 
 def test_answers_are_scored_as_they_were_drawn():
     """At the same temperature, and without the padding of the vocabulary."""
-    model, ids = model_of(), prompt_ids(BYTES, toy_prompts()["train"][3].chat)
+    model, ids = model_of(SHAPE), prompt_ids(BYTES, toy_prompts()["train"][3].chat)
     (drawn,) = draw_answers(model, BYTES, [ids], [5], 0.5, 12)
     batch = chat_batch([answer_row(ids, drawn)], 1.0)
     n = BYTES.n_vocab
@@ -255,7 +251,7 @@ def test_the_kl_pulls_towards_the_reference():
 
 
 def test_a_draw_depends_on_its_key_alone():
-    model, some = model_of(), toy_prompts()["train"][:6]
+    model, some = model_of(SHAPE), toy_prompts()["train"][:6]
     ids = [prompt_ids(BYTES, p.chat) for p in some]
     together = draw_answers(model, BYTES, ids, range(6), 1.0, 10)
     alone = [
@@ -274,7 +270,7 @@ def test_an_answer_that_does_not_end_is_marked():
 
 def test_groups_have_different_answers():
     replies, rewards = score_groups(
-        model_of(), BYTES, toy_prompts()["train"][:3], 4, max_new_tokens=8
+        model_of(SHAPE), BYTES, toy_prompts()["train"][:3], 4, max_new_tokens=8
     )
     assert rewards.shape == (3, 4) and all(len(set(group)) > 1 for group in replies)
 
@@ -284,7 +280,7 @@ def test_groups_have_different_answers():
 
 def base_run() -> Run:
     config = TrainConfig(SHAPE, seed=3)
-    return Run(None, model_of().eval(), BYTES, config, 0)
+    return Run(None, model_of(SHAPE).eval(), BYTES, config, 0)
 
 
 def rollouts_of(tmp_path, seed=3, **changes) -> Rollouts:
@@ -298,7 +294,7 @@ def parts_of(rollouts, step=0, size=4):
 
 
 def test_answers_are_scored_at_the_temperature_that_drew_them(tmp_path):
-    rollouts, model = rollouts_of(tmp_path, temperature=0.5), model_of().train()
+    rollouts, model = rollouts_of(tmp_path, temperature=0.5), model_of(SHAPE).train()
     (places,) = parts_of(rollouts)
     rollouts(model, places)
     for (_, place), group in rollouts.held.items():
@@ -315,7 +311,7 @@ def test_answers_are_scored_at_the_temperature_that_drew_them(tmp_path):
 def test_the_first_update_clips_nothing_and_begins_at_the_reference(tmp_path):
     rollouts = rollouts_of(tmp_path, kl=0.5)
     (places,) = parts_of(rollouts)
-    loss = rollouts(model_of().train(), places)
+    loss = rollouts(model_of(SHAPE).train(), places)
     rows = read_rows(tmp_path / "rollouts.jsonl")
     assert len(rows) == 4 and all(r["kl"] == r["clipped"] == 0 for r in rows)
     sums = [
@@ -334,7 +330,7 @@ def test_a_step_is_the_same_for_any_micro_batch(tmp_path, size):
     for n in (4, size):
         rollouts = rollouts_of(tmp_path / str(n), temperature=0.7)
         (tmp_path / str(n)).mkdir(exist_ok=True)
-        model, parts = model_of().train(), parts_of(rollouts, size=n)
+        model, parts = model_of(SHAPE).train(), parts_of(rollouts, size=n)
         for part in parts:
             (rollouts(model, part) / len(parts)).backward()
         found = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -343,7 +339,7 @@ def test_a_step_is_the_same_for_any_micro_batch(tmp_path, size):
 
 
 def test_the_reference_stays_and_the_policy_leaves_it(tmp_path):
-    rollouts, model = rollouts_of(tmp_path), model_of()
+    rollouts, model = rollouts_of(tmp_path), model_of(SHAPE)
     before = [p.clone() for p in rollouts.base.model.parameters()]
     config = TrainConfig(SHAPE, batch_size=4, learning_rate=0.01, warmup_fraction=0.0)
     state = TrainState(model, optimizer_of(model, config))
@@ -374,7 +370,7 @@ def test_the_policy_learns_what_is_rewarded(tmp_path, parts):
 
 
 def test_validation_is_what_greedy_answers_lack(tmp_path):
-    rollouts, model = rollouts_of(tmp_path), model_of().eval()
+    rollouts, model = rollouts_of(tmp_path), model_of(SHAPE).eval()
     places = torch.tensor([[-1, i, i] for i in range(5)])
     ids = rollouts.ids["validation"]
     drawn = draw_answers(model, BYTES, ids, range(5), 0.0, 8)
@@ -550,7 +546,7 @@ def test_a_plan_takes_the_steps_of_the_run(base, updates):
     config = config_of(base, updates, steps=500)
     options = RunOptions(base / "never", device="cpu", precision="fp32")
     text = trial(partial(reward, config), options, cycle=updates, seconds=0.2)
-    n = model_of().n_parameters(include_positions=True)
+    n = model_of(SHAPE).n_parameters(include_positions=True)
     assert f"{n:,} weights, {n:,} of them trained" in text
     assert "whole run    500 steps" in text and sorted(base.rglob("*")) == before
 

@@ -27,7 +27,7 @@ from engine import (
 from gptlib import GptlibError
 from gptlib.tokenizer import Tokenizer, train_bpe
 from gptlib.workshop import runs
-from gptlib.workshop.checkpoints import Checkpoints
+from gptlib.workshop.checkpoints import CheckpointError, Checkpoints
 from gptlib.workshop.files import write_whole
 from gptlib.workshop.run_folders import RunError, load_run
 from gptlib.workshop.runs import run_training
@@ -145,6 +145,11 @@ def test_what_is_no_run_is_named(config, tmp_path):
         path.unlink()
     with pytest.raises(RunError, match="no checkpoint yet"):
         load_run(tmp_path / "run")
+    run_training(config, options(tmp_path / "one", max_steps=1))
+    for path in (tmp_path / "one" / "checkpoints").glob("*.model.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints is whole"):
+        load_run(tmp_path / "one")
     for text in ("{", "[]", '{"config": {}}', '{"config": {"model": {"depth": 1}}}'):
         (tmp_path / "run" / "run.json").write_text(text)
         with pytest.raises(RunError, match=r"run\.json: damaged or unreadable"):

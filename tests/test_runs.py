@@ -451,6 +451,14 @@ def test_what_init_names_can_be_opened_by_somebody_else(config, tmp_path):
     assert asked == ["somewhere/else"]
 
 
+def test_what_init_names_is_opened_before_the_corpus_is_read(config, tmp_path):
+    config = dataclasses.replace(config, init=str(tmp_path / "nothing"))
+    read = []
+    with pytest.raises(RunError, match=r"no run\.json there"):
+        run_training(config, options(tmp_path / "run"), open_data=read.append)
+    assert not read
+
+
 # Branches
 
 

@@ -583,3 +583,13 @@ def test_an_ablation_that_was_done_is_found_in_the_ledger(tmp_path, monkeypatch)
             ablations.start(group, name, seeds[0])
             assert added[-1]["name"] == name and added[-1]["seed"] == seeds[0]
             assert any(row | {"name": name} == added[-1] for row in done)
+
+
+def test_each_run_of_the_ablations_belongs_to_a_group():
+    import ablations
+
+    groups = ablations.GROUPS.values()
+    known = {
+        (name, seed) for names, seeds in groups for name in names for seed in seeds
+    }
+    assert {(row["name"], row["seed"]) for row in ablations.rows()} <= known

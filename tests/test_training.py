@@ -417,9 +417,9 @@ def test_every_number_has_its_range():
     ):
         dataclasses.replace(SMALL, steps=2.5)
     with pytest.raises(
-        TrainingError, match="unknown schedule 'linear'; there are cosine"
+        TrainingError, match="unknown schedule 'steep'; there are cosine"
     ):
-        dataclasses.replace(SMALL, schedule="linear")
+        dataclasses.replace(SMALL, schedule="steep")
     with pytest.raises(TrainingError, match="unknown optimizer 'sgd'"):
         dataclasses.replace(SMALL, optimizer="sgd")
 

@@ -18,6 +18,7 @@ from gptlib.workshop.watching import (
     Journal,
     RowWriter,
     StopRequest,
+    WatchError,
     cut_rows,
     errors_in_one_line,
     make_logger,
@@ -90,6 +91,13 @@ def test_the_command_watches(run, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["watch", str(run / "no"), "--rounds", "1"])
     with pytest.raises(SystemExit, match="gptlib: .*no run.json there"):
         watching.main()
+
+
+@pytest.mark.parametrize("bad", [{"every": -1}, {"every": float("nan")}, {"rounds": 0}])
+def test_how_often_to_look_has_a_range(run, bad):
+    (name, value) = next(iter(bad.items()))
+    with pytest.raises(WatchError, match=f"{name} is {value}"):
+        watch(run, **{"every": 0, "rounds": 1} | bad)
 
 
 def test_the_curves_are_drawn_from_the_files(run):

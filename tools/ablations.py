@@ -138,6 +138,16 @@ GROUPS["parts-tinywiki"] = (
 )
 
 
+# one seed each, too few to compare: no table shows them
+GROUPS["alone"] = (
+    {
+        "rms, rate 0.5": part("rms", 0.5),
+        "tinywiki rotary": {"preset": "demo", "model": PARTS["rotary"]},
+    },
+    [1],
+)
+
+
 def config_of(changes: dict, seed: int, tokenizer: Path):
     from gptlib.decoder import all_fields, model_config
     from gptlib.training import PRESETS, TrainConfig

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from gptlib.bert import BertError, EncoderBlock, EncoderConfig
 from gptlib.gpt import GPT, init_weights
+from gptlib.workshop.families import their_names
 
 
 class BertBlock(EncoderBlock):
@@ -75,20 +76,24 @@ class Bert(GPT):
         return super().head(hidden) + self.bias
 
 
-BERT_NAMES = {  # ours -> transformers'
-    "wte": "bert.embeddings.word_embeddings",
-    "wpe": "bert.embeddings.position_embeddings",
-    "wtt": "bert.embeddings.token_type_embeddings",
-    "ln_0": "bert.embeddings.LayerNorm",
-    "dense": "cls.predictions.transform.dense",
-    "ln_f": "cls.predictions.transform.LayerNorm",
-    "attn.c_proj": "attention.output.dense",
-    "ln_1": "attention.output.LayerNorm",
-    "mlp.c_fc": "intermediate.dense",
-    "mlp.c_proj": "output.dense",
-    "ln_2": "output.LayerNorm",
+LAYER = "bert.encoder.layer.{}."
+BERT_NAMES = {
+    "wte": ["bert.embeddings.word_embeddings"],
+    "wpe": ["bert.embeddings.position_embeddings"],
+    "wtt": ["bert.embeddings.token_type_embeddings"],
+    "ln_0": ["bert.embeddings.LayerNorm"],
+    "h.{}.attn.c_attn": [
+        LAYER + f"attention.self.{n}" for n in ("query", "key", "value")
+    ],
+    "h.{}.attn.c_proj": [LAYER + "attention.output.dense"],
+    "h.{}.ln_1": [LAYER + "attention.output.LayerNorm"],
+    "h.{}.mlp.c_fc": [LAYER + "intermediate.dense"],
+    "h.{}.mlp.c_proj": [LAYER + "output.dense"],
+    "h.{}.ln_2": [LAYER + "output.LayerNorm"],
+    "dense": ["cls.predictions.transform.dense"],
+    "ln_f": ["cls.predictions.transform.LayerNorm"],
+    "": ["cls.predictions"],  # of `bias`
 }
-QKV = ("query", "key", "value")
 
 
 def from_bert(theirs, mask_token: int = 103) -> Bert:
@@ -117,19 +122,10 @@ def from_bert(theirs, mask_token: int = 103) -> Bert:
             mask_token=mask_token,
         )
     )
-
-    def find(name: str) -> Tensor:
-        if name == "bias":
-            return weights["cls.predictions.bias"]
-        layer, _, rest = name.rpartition(".")
-        prefix = ""
-        if layer.startswith("h."):
-            _, number, layer = layer.split(".", 2)
-            prefix = f"bert.encoder.layer.{number}."
-        if layer == "attn.c_attn":
-            parts = (f"{prefix}attention.self.{n}.{rest}" for n in QKV)
-            return torch.cat([weights[part] for part in parts])
-        return weights[f"{prefix}{BERT_NAMES[layer]}.{rest}"]
-
-    model.load_state_dict({name: find(name) for name in model.state_dict()})
+    model.load_state_dict(
+        {
+            ours: torch.cat([weights[name] for name in their_names(ours, BERT_NAMES)])
+            for ours in model.state_dict()
+        }
+    )
     return model.eval()

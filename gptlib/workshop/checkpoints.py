@@ -176,15 +176,15 @@ class Checkpoints:
 
         None if there is no checkpoint; CheckpointError if there are and none is whole.
         """
-        steps = self.steps()
+        steps, known_bad = self.steps(), len(self.unreadable)
         for step in reversed(steps):
             try:
                 return step, self.load(step, model_only=model_only)
             except CheckpointError as error:
                 self.say(f"{error}; trying the one before it")
-        if steps:
+        if found := known_bad + len(steps):
             raise CheckpointError(
-                f"{self.folder}: none of {len(steps)} checkpoints is whole; restore "
+                f"{self.folder}: none of {found} checkpoints is whole; restore "
                 "one, or choose another --out to begin again"
             )
         return None

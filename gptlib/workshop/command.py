@@ -55,6 +55,10 @@ def sample(options: SampleOptions) -> None:
     """Print continuations as they are drawn, the i-th by seed + i."""
     from gptlib.workshop.run_folders import load_run
 
+    for name, low in (("max_new_tokens", 1), ("samples", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and not low <= value < 2**63:
+            raise gptlib.GptlibError(f"{name} is {value}; it must be at least {low}")
     run = load_run(options.run, options.which, device=options.device)
     if options.int8:
         from gptlib.workshop.int8 import int8_copy
@@ -74,6 +78,7 @@ HELP = {  # topic: the classes whose fields are its options
     "plan": ("pretraining.Pretrain", "workshop.runs.RunOptions"),
     "settings": ("training.Settings", "gpt.GPTConfig"),
     "parts": ("decoder.DecoderConfig",),
+    "watch": ("workshop.watching.WatchOptions",),
     "sample": ("workshop.command.SampleOptions",),
     "evaluate": ("evaluation.EvaluationOptions",),
     "probe": ("workshop.probes.ProbeOptions",),
@@ -130,6 +135,8 @@ def option_lines(path: str, given: dict[str, str]) -> Iterator[str]:
         if value in ("None", "''"):
             value = kind.split(" ")[0].upper()
         flag = "--" + prefix + name.replace("_", "-") + " " + value.strip("'")
+        if "Positional" in kind:
+            flag = name.upper()
         yield f"  {flag:28} {comment}".rstrip()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gptlib.gpt import GPT
-from gptlib.speed import SamplingCopy
+from gptlib.speed import SamplingCopy, is_trusted
 from gptlib.workshop.watching import say
 
 
@@ -38,20 +38,20 @@ def int8_copy(model: GPT) -> GPT:
 
     Where the machine or the model's device cannot, the model itself and one line.
     """
-    reason = ""
-    if model.device.type != "cpu":
-        reason = f"the model is on {model.device.type}"
-    else:
-        generator = torch.Generator().manual_seed(0)
-        plain, x = nn.Linear(64, 48), torch.randn(1, 64, generator=generator)
-        try:
-            with torch.no_grad():
-                gap = (Int8Linear(plain)(x) - plain(x)).abs().max().item()
-            if not gap < 0.1:
-                reason = f"wrong by {gap:.1e}"
-        except Exception as error:  # no engine for this processor
-            reason = (" ".join(str(error).split()) or type(error).__name__)[:80]
-    if reason:
-        say(f"no weights of 8 bits: {reason}; the model stays as it is")
+    method, kind = "arithmetic of 8 bits", model.device.type
+    if kind != "cpu":
+        say(
+            f"{method} is not used for sampling: it needs a CPU, the model is on {kind}"
+        )
         return model
-    return SamplingCopy(model, Int8Linear).train(model.training)
+    with torch.random.fork_rng([]), torch.no_grad():
+        torch.manual_seed(0)
+        layer, x = nn.Linear(64, 48), torch.randn(1, 64)
+        trusted = is_trusted(
+            "sampling",
+            lambda: [Int8Linear(layer)(x)],
+            lambda: [layer(x)],
+            tolerance=0.05,
+            method=method,
+        )
+    return SamplingCopy(model, Int8Linear).train(model.training) if trusted else model

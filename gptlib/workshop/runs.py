@@ -166,6 +166,8 @@ class Leg:
         self.micro_batch_size = fit_micro_batch(config.batch_size, size, world.size)
         self.checkpoints = Checkpoints(self.out / "checkpoints", options.keep, self.say)
         own = own_tokenizer(self.out, record) if record else None
+        begun = bool(self.checkpoints.steps())
+        source = open_init(config.init) if config.init and not begun else None
         data = open_data(config, own, options.progress and world.is_main)
         self.tokenizer = data.tokenizer
         self.batches, self.eval_batches = data.batches, data.eval_batches
@@ -176,9 +178,8 @@ class Leg:
         else:
             precision = devices.pick_precision(world.device, options.precision)
         model = fresh_model(config)
-        begun = bool(self.checkpoints.steps())
-        if config.init and not begun:
-            load_init(model, open_init(config.init), self.tokenizer)
+        if source:
+            load_init(model, source, self.tokenizer)
         if world.is_main:
             machine = devices.describe_machine(world.device)
             machine |= {"precision": precision.name, "processes": world.size}
@@ -194,7 +195,7 @@ class Leg:
             }
             if make_state is not all_weights:
                 new["trains"] = trains
-            if config.init and not begun:
+            if source:
                 new["init_hash"] = weights_hash(model)
             self.write_record(record, new)
             remove_leftovers(self.out)

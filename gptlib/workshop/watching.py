@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -130,23 +131,19 @@ def in_notebook() -> bool:
     return get_ipython() is not None and "IPKernelApp" in get_ipython().config
 
 
-def watch(
-    run: Annotated[Path, tyro.conf.Positional],
-    *,
-    every: float = 10.0,
-    rounds: int | None = None,
-) -> None:
+def watch(run: Path, *, every: float = 10.0, rounds: int | None = None) -> None:
     """Follow a run that another process trains; it only reads.
 
-    A terminal gets a line each time, a notebook the curves as well.
-
-    Args:
-        run: folder of the run
-        every: seconds between two looks
-        rounds: number of looks; without it, until interrupted
+    A terminal gets a line each time, a notebook the curves as well. Arguments as in
+    `WatchOptions`.
     """
     if not (Path(run) / "run.json").exists():
         raise WatchError(f"{run}: no run.json there; give the --out folder of a run")
+    if not 0 <= every < 1e6 or (rounds is not None and rounds < 1):
+        raise WatchError(
+            f"every is {every}, rounds is {rounds}; give seconds from 0 to a million, "
+            "and at least 1 round"
+        )
     look = 0
     while rounds is None or look < rounds:
         if look:
@@ -381,10 +378,19 @@ def errors_in_one_line() -> Iterator[None]:
         sys.exit(f"gptlib: {error}")
 
 
+@dataclass(frozen=True)
+class WatchOptions:
+    """Follow a run that another process trains; it only reads."""
+
+    run: Annotated[Path, tyro.conf.Positional]  # the --out folder of the run
+    every: float = 10.0  # seconds between two looks
+    rounds: int | None = None  # number of looks; None: until interrupted
+
+
 def main() -> None:
     """`python -m gptlib.workshop.watching RUN`."""
     with errors_in_one_line(), contextlib.suppress(KeyboardInterrupt):
-        tyro.cli(watch)
+        watch(**vars(tyro.cli(WatchOptions)))
 
 
 if __name__ == "__main__":
