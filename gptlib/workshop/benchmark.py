@@ -266,7 +266,7 @@ def main() -> None:
         if options.limit:
             sizes = options.micro_batch_size, options.micro_batches
             precision = pick_precision(torch.device("cpu"))
-            rows = limit_rows(options.config, *sizes, precision)
+            rows = limit_rows(options.config, *sizes, precision, rounds=options.rounds)
             return print(json.dumps(rows) if options.json else limit_table(rows))
         names = [options.only] if options.only else list(VARIANTS)
         results = medians(names, options)
