@@ -48,13 +48,14 @@ def tiled_to_gradient(logits: Tensor, targets: Tensor, *, rows: int = 8) -> Tens
     """`to_gradient` a few rows at a time, so that all it makes stays in the cache."""
     losses = []
     for part, target in zip(logits.split(rows), targets[:, None].split(rows)):
-        wide = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))  # fp32: part
         top = wide.amax(-1, keepdim=True)
         hit = wide.gather(-1, target)  # (rows, 1)
         total = wide.sub_(top).exp_().sum(-1, keepdim=True)
         losses.append((total.log() + top - hit).sum())
         wide.div_(total).scatter_add_(-1, target, torch.full_like(top, -1.0))
-        part.copy_(wide)
+        if wide is not part:
+            part.copy_(wide)
     return torch.stack(losses).sum()
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptlib import GptlibError
-from gptlib.gpt import GPT
+from gptlib.gpt import GPT, GPTConfig
 from gptlib.sampling import generate
 from gptlib.speed import chunked_loss, fast_loss, sampling_copy
 from gptlib.training import (
@@ -35,8 +35,15 @@ from gptlib.training import (
     plain_loss,
     training_step,
 )
-from gptlib.workshop.devices import peak_flops, peak_memory, pick_device, pick_precision
+from gptlib.workshop.devices import (
+    peak_flops,
+    peak_memory,
+    pick_device,
+    pick_precision,
+    use_large_pages,
+)
 from gptlib.workshop.int8 import int8_copy
+from gptlib.workshop.roofline import limit_rows, limit_table
 from gptlib.workshop.watching import errors_in_one_line
 
 
@@ -87,7 +94,13 @@ class BenchmarkOptions:
     """Measure this machine: from the naive way, by steps, to the one that ships."""
 
     preset: str = "tinytiny"
+    n_layer: int | None = None  # another shape than the preset's
+    n_head: int | None = None
+    n_embd: int | None = None
+    block_size: int | None = None
+    vocab_size: int | None = None
     only: str | None = None  # measure one variant of the table
+    limit: bool = False  # the least time of each part of a step, beside the real one
     json: bool = False  # print JSON instead of a table
     device: str = "auto"
     rounds: int = 3
@@ -104,15 +117,19 @@ class BenchmarkOptions:
         if self.only not in (None, *VARIANTS) or (self.here and not self.only):
             known = ", ".join(VARIANTS)
             raise GptlibError(f"unknown variant {self.only!r}; there are {known}")
-        for name in (
-            "rounds",
-            "steps",
-            "micro_batch_size",
-            "micro_batches",
-            "new_tokens",
-        ):
+        counts = "rounds", "steps", "micro_batch_size", "micro_batches", "new_tokens"
+        for name in counts:
             if getattr(self, name) < 1:
                 raise GptlibError(f"{name} is {getattr(self, name)}; choose at least 1")
+
+    @property
+    def config(self) -> TrainConfig:
+        """The preset, with the shape that was asked for."""
+        config, names = PRESETS[self.preset], dataclasses.fields(GPTConfig)
+        asked = {field.name: getattr(self, field.name, None) for field in names}
+        shape = {name: size for name, size in asked.items() if size is not None}
+        model = dataclasses.replace(config.model, **shape)
+        return dataclasses.replace(config, model=model)
 
 
 def training_rate(
@@ -167,7 +184,7 @@ def own_peak(device: torch.device) -> int:
 
 def measure_here(name: str, options: BenchmarkOptions) -> dict:
     """Measure a variant in this process: tokens per second, peak bytes, MFU or None."""
-    variant, config = VARIANTS[name], PRESETS[options.preset]
+    variant, config = VARIANTS[name], options.config
     device = pick_device(options.device)
     precision = pick_precision(device, variant.precision)
     torch.manual_seed(0)
@@ -197,7 +214,7 @@ def measure(name: str, options: BenchmarkOptions) -> dict:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         flag = "--" + field.name.replace("_", "-")
-        if value is not False:
+        if value is not False and value is not None:
             command += [flag] if value is True else [flag, str(value)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -240,11 +257,17 @@ def table(results: list[dict]) -> str:
 
 
 def main() -> None:
-    """`gptlib benchmark --preset NAME [--only VARIANT] [--json]`."""
+    """`gptlib benchmark --preset NAME [--only VARIANT | --limit] [--json]`."""
     with errors_in_one_line():
         options = tyro.cli(BenchmarkOptions)
+        use_large_pages()
         if options.here and options.only:
             return print(json.dumps(measure_here(options.only, options)))
+        if options.limit:
+            sizes = options.micro_batch_size, options.micro_batches
+            precision = pick_precision(torch.device("cpu"))
+            rows = limit_rows(options.config, *sizes, precision, rounds=options.rounds)
+            return print(json.dumps(rows) if options.json else limit_table(rows))
         names = [options.only] if options.only else list(VARIANTS)
         results = medians(names, options)
         if not options.json:

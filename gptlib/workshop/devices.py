@@ -244,3 +244,12 @@ def make_deterministic() -> None:
     """Deterministic CUDA kernels from here on; call it before the first of them."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+
+
+def use_large_pages() -> None:
+    """Ask Linux for memory in pages of 2 MB; call it before the first tensor.
+
+    PyTorch reads the request once. Numbers do not change. Without it a large new matrix
+    costs a call to the system for every 4 kB of it.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
