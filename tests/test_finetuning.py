@@ -512,7 +512,7 @@ def test_a_reply_ends_at_the_end_of_its_turn():
 
 
 def test_a_reply_fills_the_block_at_most():
-    model = model_of(SHAPE)
+    model = model_of(SHAPE).train()
     rows = len(encode_chat(BYTES, TALK[:1])[0]) + 1
     text = "".join(stream_reply(model, BYTES, TALK[:1], temperature=5.0, seed=1))
     assert len(text.encode()) <= (SHAPE.block_size - rows) * 3 and model.training
