@@ -100,7 +100,7 @@ class BenchmarkOptions:
     block_size: int | None = None
     vocab_size: int | None = None
     only: str | None = None  # measure one variant of the table
-    limit: bool = False  # the least time of each part of a step, beside the real one
+    limit: bool = False  # the least time of each part, beside the real one
     json: bool = False  # print JSON instead of a table
     device: str = "auto"
     rounds: int = 3
