@@ -20,7 +20,7 @@ from gptlib.training import (
     optimizer_of,
     training_step,
 )
-from gptlib.workshop import roofline
+from gptlib.workshop import benchmark, roofline
 from gptlib.workshop.benchmark import BenchmarkOptions
 from gptlib.workshop.devices import use_large_pages
 from gptlib.workshop.roofline import Part, limit_rows, limit_table, owner, parts_of
@@ -118,3 +118,12 @@ def test_large_pages_leave_a_choice_alone(monkeypatch):
     monkeypatch.delenv(name)
     use_large_pages()
     assert os.environ[name] == "1"
+
+
+def test_the_limit_of_another_device_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("sys.argv", ["benchmark", "--limit"])
+    with pytest.raises(SystemExit) as refused:
+        benchmark.main()
+    assert refused.value.code == "gptlib: --limit measures a CPU; give --device cpu"
+    assert not capsys.readouterr().out

@@ -165,8 +165,7 @@ def test_the_site_and_its_pages_are_light():
     files = {path: path.stat().st_size for path in SITE.rglob("*") if path.is_file()}
     files.pop(SITE / "book.pdf", None)  # no page loads it
     assert sum(files.values()) < 15e6
-    # the index of the library is the longest page, and grows with the library
-    heavy = {name_of(p): files[p] for p in PAGES if files[p] > 750_000}
+    heavy = {name_of(p): files[p] for p in PAGES if files[p] > 700_000}
     assert heavy == {}
 
 

@@ -46,7 +46,10 @@ UNUSED_FONTS = (
 )  # solid stays
 # spans that pygments.css gives the colour of plain code: a fifth of a page of code
 PLAIN_CODE = re.compile(r'<span class="(?:n|nn|nx|p|pm|w)">([^<]*)</span>')
-PLAIN_WORD = re.compile(r'<span class="(?:pre|sig-paren)">([^<]*)</span>')
+PLAIN_WORD = re.compile(
+    r'<span class="(?:pre|sig-paren|sig-return-icon)">([^<]*)</span>'
+)
+TOOLTIP = re.compile(r'(href="[^"]*#(gptlib[\w.]*)") title="\2"')  # repeats its link
 COLOUR = re.compile(r"\.highlight \.(\w+)\s*\{([^}]*)\}")
 CODE = re.compile(r'<span class="(\w{1,2})">')
 NEIGHBOURS = re.compile(r'(<span class="\w{1,2}">)([^<]*)</span>(\s*)\1')
@@ -169,7 +172,7 @@ def prune(app, exception) -> None:
             shorter = unused.sub("", shorter)
         if not MATH.search(shorter):
             shorter = MATH_SCRIPT.sub("", shorter)
-        for plain in (PLAIN_WORD, PLAIN_CODE):
+        for plain in (PLAIN_WORD, PLAIN_CODE, TOOLTIP):
             shorter = plain.sub(r"\1", shorter)
         shorter, again = CODE.sub(named, shorter), 1
         while again:  # neighbours of one colour need one mark

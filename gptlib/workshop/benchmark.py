@@ -264,6 +264,8 @@ def main() -> None:
         if options.here and options.only:
             return print(json.dumps(measure_here(options.only, options)))
         if options.limit:
+            if pick_device(options.device).type != "cpu":
+                raise GptlibError("--limit measures a CPU; give --device cpu")
             sizes = options.micro_batch_size, options.micro_batches
             precision = pick_precision(torch.device("cpu"))
             rows = limit_rows(options.config, *sizes, precision, rounds=options.rounds)

@@ -103,7 +103,7 @@ def product_seconds(b: int, m: int, k: int, n: int, dtype: torch.dtype) -> float
 
 @functools.cache
 def bytes_per_second() -> float:
-    """Speed of a copy of 128 MB; a byte read and a byte written count as two."""
+    """Speed of a copy of 134 MB; a byte read and a byte written count as two."""
     x = torch.ones(2**25)
     y = torch.empty_like(x)
     return 8 * len(x) / fastest(lambda: y.copy_(x))
