@@ -22,41 +22,32 @@ from gptlib.gpt import GPT, GPTConfig
 from gptlib.workshop.files import cache_dir
 
 
-def softmax_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the rows' losses, and its gradient by the logits, in the logits' type.
+def softmax_in_place(logits: Tensor) -> Tensor:
+    """The logits (N, V) become probabilities; returns ln of each row's sum, (N, 1).
 
-    logits: (N, V); targets: (N,) int64. Computed in fp32 (fp64 for fp64 logits).
+    Computed in fp32 (fp64 for fp64 logits), which is also the type of the result. The
+    loss of a row is this logarithm minus the logit of its target.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    top = wide.amax(-1, keepdim=True)
-    exp = (wide - top).exp()
-    total = exp.sum(-1, keepdim=True)  # (N, 1)
-    loss = (total.log() + top - wide.gather(-1, targets[:, None])).sum()
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    hit = ids == targets[:, None]  # (N, V), never stored once compiled
-    return loss, (exp / total - hit.to(exp.dtype)).to(logits.dtype)
+    log_total = wide.logsumexp(-1, keepdim=True)
+    logits.copy_((wide - log_total).exp())
+    return log_total
 
 
-def to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
-    """`softmax_gradient` in place: the logits become the gradient; returns the loss."""
-    loss, grad = softmax_gradient(logits, targets)
-    logits.copy_(grad)
-    return loss
-
-
-def tiled_to_gradient(logits: Tensor, targets: Tensor, *, rows: int = 8) -> Tensor:
-    """`to_gradient` a few rows at a time, so that all it makes stays in the cache."""
-    losses = []
-    for part, target in zip(logits.split(rows), targets[:, None].split(rows)):
-        wide = part.to(torch.promote_types(part.dtype, torch.float32))  # fp32: part
+def tiled_softmax_in_place(logits: Tensor, *, rows: int = 8) -> Tensor:
+    """`softmax_in_place` a few rows at a time, which stay in the cache meanwhile."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_total = logits.new_empty(len(logits), 1, dtype=dtype)
+    room = logits.new_empty(rows, logits.shape[-1], dtype=dtype)
+    for part, result in zip(logits.split(rows), log_total.split(rows)):
+        wide = part if part.dtype == dtype else room[: len(part)].copy_(part)
         top = wide.amax(-1, keepdim=True)
-        hit = wide.gather(-1, target)  # (rows, 1)
         total = wide.sub_(top).exp_().sum(-1, keepdim=True)
-        losses.append((total.log() + top - hit).sum())
-        wide.div_(total).scatter_add_(-1, target, torch.full_like(top, -1.0))
+        wide.div_(total)
         if wide is not part:
             part.copy_(wide)
-    return torch.stack(losses).sum()
+        result.copy_(total.log() + top)
+    return log_total
 
 
 def compile_apart(function: Callable, **options) -> Callable:
@@ -107,48 +98,46 @@ def is_trusted(
 
 
 @functools.cache
-def compiled_to_gradient(device: torch.device, dtype: torch.dtype) -> Callable:
-    """`to_gradient` compiled, where it can be trusted; else without.
+def compiled_softmax(device: torch.device, dtype: torch.dtype) -> Callable:
+    """`softmax_in_place` compiled, where it can be trusted; else without.
 
     On a CPU the compiled function gets 128 rows at a time, as its last cache can hold.
     """
-    compiled = compile_apart(to_gradient, dynamic=True)
+    compiled = compile_apart(softmax_in_place, dynamic=True)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 203, generator=generator).to(device, dtype)
-    targets = torch.randint(203, (40,), generator=generator).to(device)
 
     def results(function: Callable) -> list[Tensor]:
         buffer = logits.clone()
-        return [function(buffer, targets), buffer]
+        return [function(buffer), buffer]
 
-    def in_pieces(logits: Tensor, targets: Tensor) -> Tensor:
-        pairs = zip(logits.split(128), targets.split(128))
-        return torch.stack([compiled(part, target) for part, target in pairs]).sum()
+    def in_pieces(logits: Tensor) -> Tensor:
+        return torch.cat([compiled(part) for part in logits.split(128)])
 
-    both = [functools.partial(results, f) for f in (compiled, to_gradient)]
+    both = [functools.partial(results, f) for f in (compiled, softmax_in_place)]
     if not is_trusted("the softmax", *both, tolerance=0.01):
-        return tiled_to_gradient if device.type == "cpu" else to_gradient
+        return tiled_softmax_in_place if device.type == "cpu" else softmax_in_place
     return in_pieces if device.type == "cpu" else compiled
 
 
 SOFTMAXES = ("plain", "tiled", "compiled")
 
 
-def pick_softmax(name: str | None, logits: Tensor) -> Callable:
-    """The function that turns logits into their gradient; None: tiled on a CPU."""
+def pick_softmax(name: str | None, logits: Tensor) -> Callable[[Tensor], Tensor]:
+    """The `softmax_in_place` of one of SOFTMAXES; None: tiled on a CPU."""
     on_cpu = logits.device.type == "cpu"
     name = name or ("tiled" if on_cpu else "plain")
     if name == "compiled":
-        return compiled_to_gradient(logits.device, logits.dtype)
-    return {"plain": to_gradient, "tiled": tiled_to_gradient}[name]
+        return compiled_softmax(logits.device, logits.dtype)
+    return {"plain": softmax_in_place, "tiled": tiled_softmax_in_place}[name]
 
 
-def add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total += grad.T @ hidden in total's type. Shapes (V, C), (N, V), (N, C)."""
-    if total.dtype == grad.dtype:
-        total.addmm_(grad.T, hidden)
+def add_product(total: Tensor, probs: Tensor, hidden: Tensor) -> None:
+    """total += probs.T @ hidden in total's type. Shapes (V, C), (N, V), (N, C)."""
+    if total.dtype == probs.dtype:
+        total.addmm_(probs.T, hidden)
     else:
-        for part, columns in zip(total.split(4096), grad.split(4096, dim=1)):
+        for part, columns in zip(total.split(4096), probs.split(4096, dim=1)):
             part += columns.T @ hidden
 
 
@@ -171,14 +160,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros_like(weight)
             buffer = narrow.new_empty(min(rows, N), len(weight))  # one for all chunks
-            in_place = pick_softmax(softmax, buffer)
+            softmax_of = pick_softmax(softmax, buffer)
             for start in range(0, N, rows):
-                part = slice(start, start + rows)
-                logits = buffer[: min(rows, N - start)]  # (rows, V)
+                part, y = slice(start, start + rows), targets[start : start + rows]
+                logits = buffer[: len(y)]  # (rows, V)
                 torch.mm(narrow[part], w.T, out=logits)
-                loss += in_place(logits, targets[part])  # from here on, N times G
-                grad_hidden[part] = logits @ w
+                hit = logits.gather(-1, y[:, None]).to(loss.dtype)
+                loss += (softmax_of(logits) - hit).sum()  # now they are probabilities
+                grad_hidden[part] = logits @ w  # N times the gradients from here on
                 add_product(grad_weight, logits, narrow[part])
+            grad_hidden -= weight[targets]  # what the one-hot targets add, in full
+            grad_weight.index_put_((targets,), -hidden, accumulate=True)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.positions = N
         return loss / N
