@@ -415,6 +415,19 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(config, tmp_path):
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+def test_windows_that_all_begin_at_one_place_are_refused(config, tmp_path):
+    """A text file is one document; such a run once learned its first window by heart."""
+    text = "".join(f"{n} is half of {2 * n}.\n" for n in range(3000))
+    (tmp_path / "my.txt").write_text(text)
+    config = dataclasses.replace(
+        config, corpus=str(tmp_path / "my.txt"), crops="documents"
+    )
+    with pytest.raises(RunError, match="fewer than the .*; give --crops random"):
+        run_training(config, options(tmp_path / "run"))
+    random = dataclasses.replace(config, crops="random")
+    assert run_training(random, options(tmp_path / "run", max_steps=1)).step == 1
+
+
 # Beginning from weights
 
 

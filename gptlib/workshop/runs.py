@@ -108,7 +108,8 @@ class Data:
 def open_corpus(config: TrainConfig, own: Tokenizer | None, progress: bool) -> Data:
     """The windows of a corpus. own: the tokenizer of a run that has begun.
 
-    Raises RunError if the model has too few ids, and what reading a corpus raises.
+    Raises RunError if the model has too few ids or a step's windows cannot differ, and
+    what reading a corpus raises.
     """
     corpus = load_corpus(config.corpus)
     if own is not None:
@@ -130,6 +131,12 @@ def open_corpus(config: TrainConfig, own: Tokenizer | None, progress: bool) -> D
         Batches(tokens.split(name).ids, n, block, seed, mark)
         for name, n in sizes.items()
     )
+    if mark is not None and len(train_batches.starts) < config.batch_size:
+        raise RunError(
+            f"{config.corpus}: windows that begin with a document would begin at "
+            f"{len(train_batches.starts)} places, fewer than the {config.batch_size} "
+            "of a step; give --crops random"
+        )
     manifest = tokens.manifest
     hashes = {split: entry["sha256"] for split, entry in manifest["splits"].items()}
     held_out = manifest.get("held_out")
