@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,7 +43,7 @@ from gptlib.workshop.devices import (
 )
 from gptlib.workshop.int8 import int8_copy
 from gptlib.workshop.roofline import limit_rows, limit_table
-from gptlib.workshop.watching import errors_in_one_line
+from gptlib.workshop.watching import errors_in_one_line, read_options
 
 
 def library_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -259,7 +258,7 @@ def table(results: list[dict]) -> str:
 def main() -> None:
     """`gptlib benchmark --preset NAME [--only VARIANT | --limit] [--json]`."""
     with errors_in_one_line():
-        options = tyro.cli(BenchmarkOptions)
+        options = read_options(BenchmarkOptions)
         use_large_pages()
         if options.here and options.only:
             return print(json.dumps(measure_here(options.only, options)))

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
-
 from gptlib import GptlibError
 
 
@@ -89,6 +87,8 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
     The lock ends with the process, however it ends; the empty file stays. With
     `wait=False` it raises FileError, naming the process that holds the lock.
     """
+    from filelock import FileLock, Timeout  # needed here alone
+
     path = Path(path)
     note = path.with_name(path.name + ".pid")
     try:
