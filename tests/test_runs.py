@@ -459,6 +459,15 @@ def test_what_init_names_is_opened_before_the_corpus_is_read(config, tmp_path):
     assert not read
 
 
+def test_a_wrong_shape_is_refused_before_the_corpus_is_read(config, tmp_path):
+    source = run_training(config, options(tmp_path / "first", max_steps=1))
+    model = dataclasses.replace(config.model, n_layer=3)
+    config = dataclasses.replace(config, model=model, init=str(source.path))
+    refuse = lambda *_: pytest.fail("the corpus was read")
+    with pytest.raises(RunError, match="n_layer = 2, this one 3; set --model.n-layer"):
+        run_training(config, options(tmp_path / "run"), open_data=refuse)
+
+
 # Branches
 
 

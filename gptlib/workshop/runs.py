@@ -47,6 +47,7 @@ from gptlib.workshop.run_folders import (
     Run,
     RunError,
     check_folder,
+    check_init,
     check_record,
     load_init,
     load_run,
@@ -168,6 +169,8 @@ class Leg:
         own = own_tokenizer(self.out, record) if record else None
         begun = bool(self.checkpoints.steps())
         source = open_init(config.init) if config.init and not begun else None
+        if source:
+            check_init(source, config.model)  # before the corpus is read
         data = open_data(config, own, options.progress and world.is_main)
         self.tokenizer = data.tokenizer
         self.batches, self.eval_batches = data.batches, data.eval_batches
