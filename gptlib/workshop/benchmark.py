@@ -24,16 +24,7 @@ from gptlib import GptlibError
 from gptlib.gpt import GPT, GPTConfig
 from gptlib.sampling import generate
 from gptlib.speed import chunked_loss, fast_loss, sampling_copy
-from gptlib.training import (
-    PRESETS,
-    TrainConfig,
-    TrainState,
-    WithLoss,
-    fresh_model,
-    optimizer_of,
-    plain_loss,
-    training_step,
-)
+from gptlib.training import PRESETS, TrainConfig, plain_loss
 from gptlib.workshop.devices import (
     peak_flops,
     peak_memory,
@@ -42,7 +33,7 @@ from gptlib.workshop.devices import (
     use_large_pages,
 )
 from gptlib.workshop.int8 import int8_copy
-from gptlib.workshop.roofline import limit_rows, limit_table
+from gptlib.workshop.roofline import limit_rows, limit_table, random_step
 from gptlib.workshop.watching import errors_in_one_line, read_options
 
 
@@ -145,17 +136,15 @@ def training_rate(
 
     The median of `steps` after two that warm up.
     """
-    model = fresh_model(config).to(device)
-    state = TrainState(model, optimizer_of(model, config), precision)
-    module = WithLoss(model.train(), loss_fn)
-    shape = (2, micro_batches, micro_batch_size, model.config.block_size)
-    x, y = torch.randint(model.config.vocab_size, shape)
+    sizes = micro_batch_size, micro_batches
+    step = random_step(config, loss_fn, precision, device, *sizes)
     times = []
     for _ in range(steps + 2):
         began = time.perf_counter()
-        training_step(state, module, list(zip(x, y, strict=True)), config)
+        step()
         times.append(time.perf_counter() - began)  # the step has waited for the device
-    return x.numel() / statistics.median(times[2:])
+    tokens = micro_batches * micro_batch_size * config.model.block_size
+    return tokens / statistics.median(times[2:])
 
 
 def sampling_rate(variant: Variant, model: GPT, new_tokens: int) -> float:
