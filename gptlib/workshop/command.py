@@ -188,7 +188,7 @@ def run_command() -> None:
         if name in HELP and asked in topics:
             return print(help_on(topics[asked], sys.argv[2:]))
     if name == "--version":
-        return print(f"gptlib {importlib.import_module('gptlib').__version__}")
+        return print(f"gptlib {gptlib.__version__}")
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
         sys.exit(f"gptlib: unknown command {name!r}; there are {known}")

@@ -142,6 +142,11 @@ def all_weights(model: GPT, config: TrainConfig, precision: Precision) -> TrainS
     return TrainState(model, optimizer_of(model, config), precision)
 
 
+def name_of(function: Callable) -> str:
+    """What a record calls a function, or an object in the place of one."""
+    return getattr(function, "__name__", None) or str(function)
+
+
 class Leg:
     """One stretch of a run, from where it stands to its end, a limit or a signal.
 
@@ -161,7 +166,7 @@ class Leg:
     ):
         self.config, self.options, self.world = config, options, world
         self.out = Path(options.out)
-        trains = getattr(make_state, "__name__", None) or str(make_state)
+        trains = name_of(make_state)
         record = check_folder(self.out, config, trains)
         size = options.micro_batch_size
         self.micro_batch_size = fit_micro_batch(config.batch_size, size, world.size)
@@ -187,7 +192,7 @@ class Leg:
             machine = devices.describe_machine(world.device)
             machine |= {"precision": precision.name, "processes": world.size}
             machine |= {"micro_batch_size": self.micro_batch_size}
-            machine |= {"loss": getattr(loss_fn, "__name__", None) or str(loss_fn)}
+            machine |= {"loss": name_of(loss_fn)}
             new = {
                 "config": dataclasses.asdict(config),
                 "machine": machine,
@@ -355,8 +360,7 @@ def run_training(
     if options.deterministic:
         devices.make_deterministic()
     with processes(process_device(options.device)) as world, devices.memory_advice():
-        trains = getattr(make_state, "__name__", None) or str(make_state)
-        if check_folder(out, config, trains):  # a cheap refusal first
+        if check_folder(out, config, name_of(make_state)):  # a cheap refusal first
             steps = Checkpoints(out / "checkpoints").steps()
             if steps and steps[-1] >= config.steps:
                 run = load_run(out, "last", device=str(world.device))
