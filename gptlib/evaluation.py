@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -32,7 +31,7 @@ from gptlib.workshop.files import write_whole
 from gptlib.workshop.run_folders import Run, load_run
 from gptlib.workshop.tinywiki import TinyWiki
 from gptlib.workshop.token_files import TokenSplit, load_tokens
-from gptlib.workshop.watching import errors_in_one_line
+from gptlib.workshop.watching import errors_in_one_line, read_options
 
 
 class EvaluationError(GptlibError):
@@ -451,7 +450,7 @@ def evaluate_protocols(
 def main(open_weights: Weights | None = None) -> None:
     """`gptlib evaluate --run RUN`."""
     with errors_in_one_line():
-        options = tyro.cli(EvaluationOptions)
+        options = read_options(EvaluationOptions)
         if options.all_protocols:
             results = evaluate_protocols(options, open_weights=open_weights)
             print(protocol_table(results))

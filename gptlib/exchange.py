@@ -15,10 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
 from gptlib.corpus import has_network
@@ -46,7 +45,7 @@ from gptlib.workshop.tokenizer_json import (
     read_json,
     to_fast_tokenizer,
 )
-from gptlib.workshop.watching import errors_in_one_line, read_rows
+from gptlib.workshop.watching import errors_in_one_line, read_options, read_rows
 
 
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers: transposed
@@ -452,10 +451,7 @@ class Import:
 def main() -> None:
     """`gptlib export --run RUN --out FOLDER` and `gptlib import --model NAME`."""
     with errors_in_one_line():
-        command = tyro.cli(
-            Annotated[Export, tyro.conf.subcommand("export")]
-            | Annotated[Import, tyro.conf.subcommand("import")]
-        )
+        command = read_options(Export | Import)
         command()
         print(f"wrote {command.out}")
 

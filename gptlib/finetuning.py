@@ -14,11 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,7 +32,7 @@ from gptlib.workshop.questions import QUESTIONS, Question, tinywiki_chats
 from gptlib.workshop.run_folders import Run, load_run, read_record, run_folder
 from gptlib.workshop.runs import Data, RunOptions, run_training, small_run
 from gptlib.workshop.tokenizer_json import open_tokenizer
-from gptlib.workshop.watching import errors_in_one_line, say
+from gptlib.workshop.watching import errors_in_one_line, read_options, say
 
 
 def demo_run() -> Run:
@@ -435,11 +434,10 @@ def talk_with(options: ChatOptions) -> None:
         messages = [*kept, {"role": "assistant", "content": reply.strip() or "..."}]
 
 
-@dataclass(frozen=True)
-class Finetune:
+@dataclass(frozen=True, kw_only=True)
+class Finetune(RunOptions):
     """Teach a model to answer. On an unfinished --out the same command goes on."""
 
-    options: Annotated[RunOptions, tyro.conf.arg(name="")]
     run: Path  # the --out folder of a trained model
     data: str = "tinywiki-questions"  # or a JSONL file of conversations
     steps: int = SETTINGS["steps"]
@@ -447,7 +445,7 @@ class Finetune:
     learning_rate: float = SETTINGS["learning_rate"]  # the peak
     seed: int = 1337
     eval_interval: int = SETTINGS["eval_interval"]  # steps
-    plan: bool = False  # take some steps, print what all will take, and stop
+    plan: bool = False  # take some steps, and print what all will take
 
     def config(self) -> TrainConfig:
         """What these options say, as one configuration."""
@@ -459,7 +457,7 @@ class Finetune:
 def main() -> None:
     """`gptlib chat --run R`; the command finetune is in gptlib.lora."""
     with errors_in_one_line():
-        talk_with(tyro.cli(ChatOptions))
+        talk_with(read_options(ChatOptions))
 
 
 if __name__ == "__main__":

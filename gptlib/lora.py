@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,7 +25,7 @@ from gptlib.workshop.checkpoints import Checkpoints, weights_hash
 from gptlib.workshop.files import write_whole
 from gptlib.workshop.run_folders import Run
 from gptlib.workshop.runs import RunOptions, all_weights, trial
-from gptlib.workshop.watching import errors_in_one_line
+from gptlib.workshop.watching import errors_in_one_line, read_options
 
 
 class LoraError(GptlibError):
@@ -244,9 +243,9 @@ def load_adapter(model: GPT, folder: Path | str) -> None:
         layer.lora_B.copy_(weights[peft_name(name, "lora_B")])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneLora(Finetune):
-    """Teach a model to answer. On an unfinished --out the same command goes on."""
+    """All weights are trained, or adapters of a low rank."""
 
     lora: int | None = None  # rank of adapters; None: train all weights
     lora_alpha: float = 16.0  # an adapter counts alpha / rank
@@ -271,17 +270,17 @@ def finetune_lora(config: TrainConfig, options: RunOptions, lora: Lora) -> Run |
 def main() -> None:
     """`gptlib finetune --run R --data FILE --out FOLDER`."""
     with errors_in_one_line():
-        command = tyro.cli(FinetuneLora)
+        command = read_options(FinetuneLora)
         config, lora = command.config(), None
         if command.lora is not None:
             lora = Lora(command.lora, command.lora_alpha)
         if command.plan:
             train = partial(finetune, config, make_state=lora or all_weights)
-            print(trial(train, command.options))
+            print(trial(train, command))
         elif lora:
-            finetune_lora(config, command.options, lora)
+            finetune_lora(config, command, lora)
         else:
-            finetune(config, command.options)
+            finetune(config, command)
 
 
 if __name__ == "__main__":

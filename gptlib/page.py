@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from gptlib import GptlibError
@@ -28,7 +27,7 @@ from gptlib.sampling import sample_texts
 from gptlib.tokenizer import GPT2_PATTERN, Tokenizer
 from gptlib.workshop.files import write_whole
 from gptlib.workshop.run_folders import load_run
-from gptlib.workshop.watching import errors_in_one_line
+from gptlib.workshop.watching import errors_in_one_line, read_options
 
 
 def quantise(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -304,7 +303,7 @@ def write_run_page(options: PageOptions) -> str:
 def main() -> None:
     """`gptlib page --run RUN --out page.html`."""
     with errors_in_one_line():
-        print(write_run_page(tyro.cli(PageOptions)))
+        print(write_run_page(read_options(PageOptions)))
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ Tangled from book/chapters/14_pretraining.md; change it there, not here.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import pstdev
-from typing import Annotated
 
 import torch
-import tyro
 
 from gptlib import GptlibError
 from gptlib.batches import Batches
@@ -49,7 +48,7 @@ from gptlib.workshop.distribution import process_device
 from gptlib.workshop.run_folders import Run, load_run
 from gptlib.workshop.runs import RunOptions, branch_run, run_training
 from gptlib.workshop.token_files import load_tokens
-from gptlib.workshop.watching import errors_in_one_line
+from gptlib.workshop.watching import errors_in_one_line, read_options
 
 
 @dataclass(frozen=True)
@@ -198,43 +197,33 @@ def compare_with_report(run: Run) -> str:
     return "\n".join([*lines, f"{what:46} {ours.nats_per_token:7.3f}       -"])
 
 
-@dataclass(frozen=True)
-class Pretrain:
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(RunOptions):
     """Pretrain a GPT. On an unfinished --out the same command goes on."""
 
-    run: Annotated[RunOptions, tyro.conf.arg(name="")]
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     preset: str = "tinytiny"  # gives the settings below their defaults
     branch: Path | None = None  # begin with this trapezoid run, and cool it down
     plan: bool = False  # measure, print what the run will take, and stop
 
 
-@dataclass(frozen=True)
-class Preset:
-    """The part of the command line that gives the other part its defaults."""
-
-    preset: str = "tinytiny"
-    plan: bool = False
-
-
 def main() -> None:
     """`gptlib pretrain --preset NAME --corpus NAME --out FOLDER`."""
     with errors_in_one_line():
-        first, _ = tyro.cli(Preset, return_unknown_args=True, add_help=False)
-        if first.preset not in PRESETS:
+        given = ["--out=runs/plan"] * ("--plan" in sys.argv) + sys.argv[1:]
+        some = {"args": given, "return_unknown_args": True, "add_help": False}
+        command, rest = read_options(Pretrain, **some)
+        if command.preset not in PRESETS:
             known = ", ".join(PRESETS)
-            raise GptlibError(f"unknown preset {first.preset!r}; there are {known}")
-        options = RunOptions(Path("runs/plan") if first.plan else tyro.MISSING)
-        config = PRESETS[first.preset]  # and every part of chapter 24 as an option
+            raise GptlibError(f"unknown preset {command.preset!r}; there are {known}")
+        config = PRESETS[command.preset]  # and every part of chapter 24 as an option
         config = replace(config, model=DecoderConfig(**all_fields(config.model)))
-        command = tyro.cli(Pretrain, default=Pretrain(options, config, first.preset))
-        config = command.config
+        config = read_options(TrainConfig, args=rest, default=config)
         config = replace(config, model=model_config(all_fields(config.model)))
         if command.plan:
-            return print(plan(config, command.run))
+            return print(plan(config, command))
         if command.branch:
-            config = branch_run(command.branch, command.run.out)
-        run = pretrain(config, command.run)
+            config = branch_run(command.branch, command.out)
+        run = pretrain(config, command)
         report = command.preset.startswith("tinytiny")
         if run and report and run.step == config.steps:
             print(compare_with_report(run))

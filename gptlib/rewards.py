@@ -14,11 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,7 +38,13 @@ from gptlib.workshop.checkpoints import weights_hash
 from gptlib.workshop.questions import TASKS, Prompt
 from gptlib.workshop.run_folders import Run, load_run
 from gptlib.workshop.runs import Data, RunOptions, run_training, trial
-from gptlib.workshop.watching import RowWriter, cut_rows, errors_in_one_line, read_rows
+from gptlib.workshop.watching import (
+    RowWriter,
+    cut_rows,
+    errors_in_one_line,
+    read_options,
+    read_rows,
+)
 
 
 def advantages(rewards: Tensor) -> Tensor:
@@ -440,11 +445,10 @@ def calibration(
     return table, error
 
 
-@dataclass(frozen=True)
-class Reward:
+@dataclass(frozen=True, kw_only=True)
+class Reward(RunOptions):
     """Train a fine-tuned model on rewards. On an unfinished --out it goes on."""
 
-    options: Annotated[RunOptions, tyro.conf.arg(name="")]
     run: Path  # the --out folder of a fine-tuned model
     task: str = "tinywiki"  # or backwards, and others
     group: int = 8  # answers to a prompt
@@ -458,13 +462,13 @@ class Reward:
     learning_rate: float = SETTINGS["learning_rate"]  # the peak
     seed: int = 1337
     eval_interval: int = SETTINGS["eval_interval"]  # steps
-    plan: bool = False  # take some steps, print what all will take, and stop
+    plan: bool = False  # take some steps, and print what all will take
 
 
 def main() -> None:
     """`gptlib reward --run R --task TASK --out FOLDER`."""
     with errors_in_one_line():
-        command = tyro.cli(Reward)
+        command = read_options(Reward)
         names = [field.name for field in dataclasses.fields(RewardSettings)]
         settings = RewardSettings(**{name: getattr(command, name) for name in names})
         names = ["steps", "batch_size", "learning_rate", "seed", "eval_interval"]
@@ -472,8 +476,8 @@ def main() -> None:
         config = reward_config(command.run, settings, **changes)
         if command.plan:
             train = partial(reward, config)
-            return print(trial(train, command.options, cycle=settings.updates))
-        reward(config, command.options)
+            return print(trial(train, command, cycle=settings.updates))
+        reward(config, command)
 
 
 if __name__ == "__main__":

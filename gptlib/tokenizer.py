@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-import regex
 import tiktoken
 
 from gptlib import GptlibError
@@ -43,6 +42,8 @@ GPT2_PATTERN = "|".join(GPT2_ALTERNATIVES)
 
 def split_words(text: str, pattern: str = GPT2_PATTERN) -> list[bytes]:
     """Cut text into the UTF-8 bytes of "words" that no token crosses; loses nothing."""
+    import regex  # needed here alone
+
     return [word.encode() for word in regex.findall(pattern, text)]
 
 

@@ -394,6 +394,21 @@ def test_two_processes_cannot_write_one_folder(config, tmp_path):
         pass  # the lock died with its process
 
 
+def test_a_run_that_is_refused_leaves_nothing_behind(config, tmp_path):
+    with pytest.raises(GptlibError, match="unknown corpus 'nowhere'"):
+        run_training(
+            dataclasses.replace(config, corpus="nowhere"), options(tmp_path / "run")
+        )
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(GptlibError, match="unknown corpus 'nowhere'"):
+        run_training(
+            dataclasses.replace(config, corpus="nowhere"), options(tmp_path / "mine")
+        )
+    assert not (tmp_path / "run").exists() and (tmp_path / "mine").exists()
+    run_training(config, options(tmp_path / "run", max_steps=1))
+    assert not (tmp_path / "run" / "lock.pid").exists()
+
+
 def test_the_precision_is_settled_once(config, tmp_path, monkeypatch, capsys):
     names, real = [], runs.devices.pick_precision
     spy = lambda device, name: names.append(name) or real(device, name)
@@ -470,6 +485,15 @@ def test_what_init_names_is_opened_before_the_corpus_is_read(config, tmp_path):
     with pytest.raises(RunError, match=r"no run\.json there"):
         run_training(config, options(tmp_path / "run"), open_data=read.append)
     assert not read
+
+
+def test_a_wrong_shape_is_refused_before_the_corpus_is_read(config, tmp_path):
+    source = run_training(config, options(tmp_path / "first", max_steps=1))
+    model = dataclasses.replace(config.model, n_layer=3)
+    config = dataclasses.replace(config, model=model, init=str(source.path))
+    refuse = lambda *_: pytest.fail("the corpus was read")
+    with pytest.raises(RunError, match="n_layer = 2, this one 3; set --model.n-layer"):
+        run_training(config, options(tmp_path / "run"), open_data=refuse)
 
 
 # Branches

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,16 +24,7 @@ from gptlib import GptlibError
 from gptlib.gpt import GPT, GPTConfig
 from gptlib.sampling import generate
 from gptlib.speed import chunked_loss, fast_loss, sampling_copy
-from gptlib.training import (
-    PRESETS,
-    TrainConfig,
-    TrainState,
-    WithLoss,
-    fresh_model,
-    optimizer_of,
-    plain_loss,
-    training_step,
-)
+from gptlib.training import PRESETS, TrainConfig, plain_loss
 from gptlib.workshop.devices import (
     peak_flops,
     peak_memory,
@@ -43,8 +33,8 @@ from gptlib.workshop.devices import (
     use_large_pages,
 )
 from gptlib.workshop.int8 import int8_copy
-from gptlib.workshop.roofline import limit_rows, limit_table
-from gptlib.workshop.watching import errors_in_one_line
+from gptlib.workshop.roofline import limit_rows, limit_table, random_step
+from gptlib.workshop.watching import errors_in_one_line, read_options
 
 
 def library_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -146,17 +136,15 @@ def training_rate(
 
     The median of `steps` after two that warm up.
     """
-    model = fresh_model(config).to(device)
-    state = TrainState(model, optimizer_of(model, config), precision)
-    module = WithLoss(model.train(), loss_fn)
-    shape = (2, micro_batches, micro_batch_size, model.config.block_size)
-    x, y = torch.randint(model.config.vocab_size, shape)
+    sizes = micro_batch_size, micro_batches
+    step = random_step(config, loss_fn, precision, device, *sizes)
     times = []
     for _ in range(steps + 2):
         began = time.perf_counter()
-        training_step(state, module, list(zip(x, y, strict=True)), config)
+        step()
         times.append(time.perf_counter() - began)  # the step has waited for the device
-    return x.numel() / statistics.median(times[2:])
+    tokens = micro_batches * micro_batch_size * config.model.block_size
+    return tokens / statistics.median(times[2:])
 
 
 def sampling_rate(variant: Variant, model: GPT, new_tokens: int) -> float:
@@ -259,7 +247,7 @@ def table(results: list[dict]) -> str:
 def main() -> None:
     """`gptlib benchmark --preset NAME [--only VARIANT | --limit] [--json]`."""
     with errors_in_one_line():
-        options = tyro.cli(BenchmarkOptions)
+        options = read_options(BenchmarkOptions)
         use_large_pages()
         if options.here and options.only:
             return print(json.dumps(measure_here(options.only, options)))

@@ -78,6 +78,12 @@ HELP = {  # topic: the classes whose fields are its options
     "plan": ("pretraining.Pretrain", "workshop.runs.RunOptions"),
     "settings": ("training.Settings", "gpt.GPTConfig"),
     "parts": ("decoder.DecoderConfig",),
+    "finetune": (
+        "finetuning.Finetune",
+        "lora.FinetuneLora",
+        "workshop.runs.RunOptions",
+    ),
+    "reward": ("rewards.Reward", "workshop.runs.RunOptions"),
     "watch": ("workshop.watching.WatchOptions",),
     "sample": ("workshop.command.SampleOptions",),
     "evaluate": ("evaluation.EvaluationOptions",),
@@ -99,13 +105,17 @@ def source(module: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def table(name: str, text: str) -> dict[str, ast.expr]:
+    """The values of a dictionary in the text of a module, as they are written."""
+    for node in ast.parse(text).body:
+        if ast.unparse(node).startswith((f"{name} = ", f"{name}: ")):
+            found: Any = node
+    return dict(zip(map(ast.literal_eval, found.value.keys), found.value.values))
+
+
 def preset_values(name: str) -> dict[str, str]:
     """What a preset gives to settings of the run and of its model, as it is written."""
-    tree = ast.parse(source("training"))
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRESETS":
-            table: Any = node.value
-    known = dict(zip(map(ast.literal_eval, table.keys), table.values))
+    known = table("PRESETS", source("training"))
     if name not in known:
         sys.exit(f"gptlib: unknown preset {name!r}; there are {', '.join(known)}")
     calls = [node for node in ast.walk(known[name]) if isinstance(node, ast.Call)]
@@ -125,9 +135,13 @@ def option_lines(path: str, given: dict[str, str]) -> Iterator[str]:
         if not isinstance(field, ast.AnnAssign):
             continue
         name, kind = ast.unparse(field.target), ast.unparse(field.annotation)
-        if kind == "GPTConfig" or "arg(" in kind:  # its fields are options themselves
+        if kind == "GPTConfig":  # its fields are options themselves
             continue
-        value = given.get(name, ast.unparse(field.value) if field.value else "None")
+        default: Any = field.value or ast.Constant(None)
+        if isinstance(default, ast.Subscript):  # an entry of a table
+            entries = table(ast.unparse(default.value), text)
+            default = entries[ast.literal_eval(default.slice)]
+        value = given.get(name, ast.unparse(default))
         comment = text.splitlines()[field.lineno - 1].partition("  # ")[2]
         comment += " (required)" * (field.value is None)
         if kind == "bool":
@@ -135,7 +149,7 @@ def option_lines(path: str, given: dict[str, str]) -> Iterator[str]:
         if value in ("None", "''"):
             value = kind.split(" ")[0].upper()
         flag = "--" + prefix + name.replace("_", "-") + " " + value.strip("'")
-        if "Positional" in kind:
+        if path == "workshop.watching.WatchOptions" and field.value is None:
             flag = name.upper()
         yield f"  {flag:28} {comment}".rstrip()
 
@@ -174,7 +188,7 @@ def run_command() -> None:
         if name in HELP and asked in topics:
             return print(help_on(topics[asked], sys.argv[2:]))
     if name == "--version":
-        return print(f"gptlib {importlib.import_module('gptlib').__version__}")
+        return print(f"gptlib {gptlib.__version__}")
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
         sys.exit(f"gptlib: unknown command {name!r}; there are {known}")
@@ -187,12 +201,10 @@ def run_command() -> None:
         if name != "evaluate":
             return module.main()
         return module.main(importlib.import_module("gptlib.exchange").import_model)
-    import tyro
-
-    from gptlib.workshop.watching import errors_in_one_line
+    from gptlib.workshop.watching import errors_in_one_line, read_options
 
     with errors_in_one_line():
-        sample(tyro.cli(SampleOptions))
+        sample(read_options(SampleOptions))
 
 
 def main() -> None:

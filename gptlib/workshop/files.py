@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
-
 from gptlib import GptlibError
 
 
@@ -87,10 +85,14 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
     """Context in which no other process holds the same lock file.
 
     The lock ends with the process, however it ends; the empty file stays. With
-    `wait=False` it raises FileError, naming the process that holds the lock.
+    `wait=False` it raises FileError, naming the process that holds the lock, and a
+    folder that was made for the lock goes with it if nothing else came into it.
     """
+    from filelock import FileLock, Timeout  # needed here alone
+
     path = Path(path)
     note = path.with_name(path.name + ".pid")
+    new = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(path, timeout=-1 if wait else 0).acquire()
@@ -105,9 +107,18 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
             f"{path.parent} cannot be written ({error.strerror}); choose another folder"
         ) from None
     with held:
-        if not wait:
-            note.write_text(str(os.getpid()))
-        yield
+        if wait:
+            yield
+            return
+        note.write_text(str(os.getpid()))
+        try:
+            yield
+        finally:
+            note.unlink(missing_ok=True)
+            if new and [*path.parent.iterdir()] == [path]:
+                with contextlib.suppress(OSError):  # Windows keeps an open file
+                    path.unlink()
+                    path.parent.rmdir()
 
 
 def cache_dir() -> Path:

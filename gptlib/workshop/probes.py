@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -27,7 +26,7 @@ from gptlib.tokenizer import Tokenizer
 from gptlib.workshop.files import write_whole
 from gptlib.workshop.run_folders import load_run
 from gptlib.workshop.tinywiki import Entity, TinyWiki, pool, spell, world
-from gptlib.workshop.watching import errors_in_one_line
+from gptlib.workshop.watching import errors_in_one_line, read_options
 
 
 @dataclass(frozen=True)
@@ -301,7 +300,7 @@ def probe_run(options: ProbeOptions, *, progress: bool = True) -> list[ProbeResu
 def main() -> None:
     """`gptlib probe --run RUN`."""
     with errors_in_one_line():
-        print("\n".join(map(str, probe_run(tyro.cli(ProbeOptions)))))
+        print("\n".join(map(str, probe_run(read_options(ProbeOptions)))))
 
 
 if __name__ == "__main__":

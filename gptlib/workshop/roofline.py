@@ -142,21 +142,30 @@ def owner(event, vocab_size: int) -> str:
     return f"matrices, {half}"
 
 
+def random_step(
+    config: TrainConfig,
+    loss_fn: Callable[..., torch.Tensor],
+    precision: Precision,
+    device: torch.device,
+    sequences: int,
+    micro_batches: int,
+) -> Callable[[], dict]:
+    """A training step on random tokens, to be called and timed."""
+    model = fresh_model(config).to(device).train()
+    state = TrainState(model, optimizer_of(model, config), precision)
+    shape = (2, micro_batches, sequences, config.model.block_size)
+    batches = list(zip(*torch.randint(config.model.vocab_size, shape), strict=True))
+    module = WithLoss(model, loss_fn)
+    return functools.partial(training_step, state, module, batches, config)
+
+
 def step_seconds(
     config: TrainConfig, sequences: int, micro_batches: int, precision: Precision
 ) -> tuple[float, dict[str, float]]:
     """Least seconds of a whole training step, and seconds of its parts in a profile."""
     config = replace(config, optimizer="adamw")
-    model = fresh_model(config)
-    state = TrainState(model, optimizer_of(model, config), precision)
-    module = WithLoss(model.train(), fast_loss(config.model.vocab_size))
-    x, y = torch.randint(
-        config.model.vocab_size, (2, sequences, model.config.block_size)
-    )
-
-    def step() -> None:
-        training_step(state, module, [(x, y)] * micro_batches, config)
-
+    loss_fn, cpu = fast_loss(config.model.vocab_size), torch.device("cpu")
+    step = random_step(config, loss_fn, precision, cpu, sequences, micro_batches)
     step()  # the first one makes the optimiser's averages
     whole = fastest(step)
     with torch.profiler.profile(record_shapes=True) as profile:

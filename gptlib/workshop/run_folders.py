@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gptlib import GptlibError
 from gptlib.decoder import all_fields
-from gptlib.gpt import GPT
+from gptlib.gpt import GPT, GPTConfig
 from gptlib.sampling import sample_texts, stream_text
 from gptlib.tokenizer import Tokenizer
 from gptlib.training import TrainConfig
@@ -180,15 +180,22 @@ def load_run(path: Path | str, which: str = "best", *, device: str = "cpu") -> R
     return Run(path, model, tokenizer, record["config"], found[0])
 
 
-def load_init(model: GPT, source: Run, tokenizer: Tokenizer) -> None:
-    """Copy the weights of a run into a model. Raises RunError if they do not fit."""
-    there, here = all_fields(source.model.config), all_fields(model.config)
+def check_init(source: Run, config: GPTConfig) -> None:
+    """Raises RunError if a model of this shape cannot take the weights of a run."""
+    there, here = all_fields(source.model.config), all_fields(config)
     for name, was in there.items():
         if was != here[name] and name != "dropout":
             raise RunError(
                 f"--init {source.path}: its model has {name} = {was}, this one "
                 f"{here[name]}; set --model.{name.replace('_', '-')} {was}"
             )
+
+
+def load_init(model: GPT, source: Run, tokenizer: Tokenizer) -> None:
+    """Copy the weights of a run into a model of its shape.
+
+    Raises RunError if the tokenizer is another one.
+    """
     if source.tokenizer.hash != tokenizer.hash:
         raise RunError(
             f"--init {source.path}: its tokenizer is another one; use "

@@ -47,6 +47,7 @@ from gptlib.workshop.run_folders import (
     Run,
     RunError,
     check_folder,
+    check_init,
     check_record,
     load_init,
     load_run,
@@ -148,6 +149,11 @@ def all_weights(model: GPT, config: TrainConfig, precision: Precision) -> TrainS
     return TrainState(model, optimizer_of(model, config), precision)
 
 
+def name_of(function: Callable) -> str:
+    """What a record calls a function, or an object in the place of one."""
+    return getattr(function, "__name__", None) or str(function)
+
+
 class Leg:
     """One stretch of a run, from where it stands to its end, a limit or a signal.
 
@@ -167,7 +173,7 @@ class Leg:
     ):
         self.config, self.options, self.world = config, options, world
         self.out = Path(options.out)
-        trains = getattr(make_state, "__name__", None) or str(make_state)
+        trains = name_of(make_state)
         record = check_folder(self.out, config, trains)
         size = options.micro_batch_size
         self.micro_batch_size = fit_micro_batch(config.batch_size, size, world.size)
@@ -175,6 +181,8 @@ class Leg:
         own = own_tokenizer(self.out, record) if record else None
         begun = bool(self.checkpoints.steps())
         source = open_init(config.init) if config.init and not begun else None
+        if source:
+            check_init(source, config.model)  # before the corpus is read
         data = open_data(config, own, options.progress and world.is_main)
         self.tokenizer = data.tokenizer
         self.batches, self.eval_batches = data.batches, data.eval_batches
@@ -191,7 +199,7 @@ class Leg:
             machine = devices.describe_machine(world.device)
             machine |= {"precision": precision.name, "processes": world.size}
             machine |= {"micro_batch_size": self.micro_batch_size}
-            machine |= {"loss": getattr(loss_fn, "__name__", None) or str(loss_fn)}
+            machine |= {"loss": name_of(loss_fn)}
             new = {
                 "config": dataclasses.asdict(config),
                 "machine": machine,
@@ -359,8 +367,7 @@ def run_training(
     if options.deterministic:
         devices.make_deterministic()
     with processes(process_device(options.device)) as world, devices.memory_advice():
-        trains = getattr(make_state, "__name__", None) or str(make_state)
-        if check_folder(out, config, trains):  # a cheap refusal first
+        if check_folder(out, config, name_of(make_state)):  # a cheap refusal first
             steps = Checkpoints(out / "checkpoints").steps()
             if steps and steps[-1] >= config.steps:
                 run = load_run(out, "last", device=str(world.device))

@@ -17,9 +17,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import tyro
 from tqdm import tqdm
 
 from gptlib import GptlibError
@@ -378,11 +377,23 @@ def errors_in_one_line() -> Iterator[None]:
         sys.exit(f"gptlib: {error}")
 
 
+def read_options(kind: Any, *, positional: bool = False, **how) -> Any:
+    """The command line as one of a dataclass, each field an option.
+
+    positional: what is required is written without its name. how: as in `tyro.cli`. A
+    wrong option ends the program, with a message.
+    """
+    import tyro  # here alone: a program that only imports gptlib does without it
+
+    marks = [tyro.conf.PositionalRequiredArgs] if positional else []
+    return tyro.cli(kind, config=marks, **how)
+
+
 @dataclass(frozen=True)
 class WatchOptions:
     """Follow a run that another process trains; it only reads."""
 
-    run: Annotated[Path, tyro.conf.Positional]  # the --out folder of the run
+    run: Path  # the --out folder of the run
     every: float = 10.0  # seconds between two looks
     rounds: int | None = None  # number of looks; None: until interrupted
 
@@ -390,7 +401,7 @@ class WatchOptions:
 def main() -> None:
     """`python -m gptlib.workshop.watching RUN`."""
     with errors_in_one_line(), contextlib.suppress(KeyboardInterrupt):
-        watch(**vars(tyro.cli(WatchOptions)))
+        watch(**vars(read_options(WatchOptions, positional=True)))
 
 
 if __name__ == "__main__":
