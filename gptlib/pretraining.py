@@ -6,9 +6,8 @@ Tangled from book/chapters/14_pretraining.md; change it there, not here.
 from __future__ import annotations
 
 import math
-import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import pstdev
 
@@ -24,6 +23,7 @@ from gptlib.speed import fast_loss
 from gptlib.training import (
     PRESETS,
     Precision,
+    Settings,
     TrainConfig,
     TrainState,
     WithLoss,
@@ -198,26 +198,34 @@ def compare_with_report(run: Run) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain(RunOptions):
-    """Pretrain a GPT. On an unfinished --out the same command goes on."""
+class Preset:
+    """What gives the other options their defaults, and whether to plan only."""
 
     preset: str = "tinytiny"  # gives the settings below their defaults
-    branch: Path | None = None  # begin with this trapezoid run, and cool it down
     plan: bool = False  # measure, print what the run will take, and stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Settings, RunOptions, Preset):
+    """Pretrain a GPT. On an unfinished --out the same command goes on."""
+
+    branch: Path | None = None  # begin with this trapezoid run, and cool it down
 
 
 def main() -> None:
     """`gptlib pretrain --preset NAME --corpus NAME --out FOLDER`."""
     with errors_in_one_line():
-        given = ["--out=runs/plan"] * ("--plan" in sys.argv) + sys.argv[1:]
-        some = {"args": given, "return_unknown_args": True, "add_help": False}
-        command, rest = read_options(Pretrain, **some)
-        if command.preset not in PRESETS:
+        first, _ = read_options(Preset, return_unknown_args=True, add_help=False)
+        if first.preset not in PRESETS:
             known = ", ".join(PRESETS)
-            raise GptlibError(f"unknown preset {command.preset!r}; there are {known}")
-        config = PRESETS[command.preset]  # and every part of chapter 24 as an option
-        config = replace(config, model=DecoderConfig(**all_fields(config.model)))
-        config = read_options(TrainConfig, args=rest, default=config)
+            raise GptlibError(f"unknown preset {first.preset!r}; there are {known}")
+        settings = dict(vars(PRESETS[first.preset]))
+        settings["model"] = DecoderConfig(**all_fields(settings["model"]))
+        default = Pretrain(out=Path("runs/plan"), preset=first.preset, **settings)
+        required = () if first.plan else ("out",)
+        command = read_options(Pretrain, default=default, required=required)
+        names = [field.name for field in fields(TrainConfig)]
+        config = TrainConfig(**{name: getattr(command, name) for name in names})
         config = replace(config, model=model_config(all_fields(config.model)))
         if command.plan:
             return print(plan(config, command))

@@ -74,8 +74,12 @@ def sample(options: SampleOptions) -> None:
 
 
 HELP = {  # topic: the classes whose fields are its options
-    "pretrain": ("pretraining.Pretrain", "workshop.runs.RunOptions"),
-    "plan": ("pretraining.Pretrain", "workshop.runs.RunOptions"),
+    "pretrain": (
+        "pretraining.Pretrain",
+        "pretraining.Preset",
+        "workshop.runs.RunOptions",
+    ),
+    "plan": ("pretraining.Pretrain", "pretraining.Preset", "workshop.runs.RunOptions"),
     "settings": ("training.Settings", "gpt.GPTConfig"),
     "parts": ("decoder.DecoderConfig",),
     "finetune": (

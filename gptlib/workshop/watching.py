@@ -14,8 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -377,15 +377,25 @@ def errors_in_one_line() -> Iterator[None]:
         sys.exit(f"gptlib: {error}")
 
 
-def read_options(kind: Any, *, positional: bool = False, **how) -> Any:
+def read_options(
+    kind: Any,
+    *,
+    default: Any = None,
+    required: Sequence[str] = (),
+    positional: bool = False,
+    **how,
+) -> Any:
     """The command line as one of a dataclass, each field an option.
 
+    default: one of the class, for what is not given; required: its fields that must be.
     positional: what is required is written without its name. how: as in `tyro.cli`. A
     wrong option ends the program, with a message.
     """
     import tyro  # here alone: a program that only imports gptlib does without it
 
     marks = [tyro.conf.PositionalRequiredArgs] if positional else []
+    if default is not None:
+        how["default"] = replace(default, **dict.fromkeys(required, tyro.MISSING))
     return tyro.cli(kind, config=marks, **how)
 
 
