@@ -185,9 +185,11 @@ def check_init(source: Run, config: GPTConfig) -> None:
     there, here = all_fields(source.model.config), all_fields(config)
     for name, was in there.items():
         if was != here[name] and name != "dropout":
+            option = name.replace("_", "-")
+            cure = f"{option} {was}" if not isinstance(was, bool) else option
             raise RunError(
                 f"--init {source.path}: its model has {name} = {was}, this one "
-                f"{here[name]}; set --model.{name.replace('_', '-')} {was}"
+                f"{here[name]}; set --model.{'no-' * (was is False)}{cure}"
             )
 
 
