@@ -18,7 +18,7 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "ledger")]
 
 HEADER = """---
 jupytext:
@@ -554,7 +554,7 @@ def test_the_tools_use_gptlib_as_it_is():
     """Imports inside functions, too: they are found only when somebody runs them."""
     from importlib import import_module
 
-    for path in sorted((ROOT / "tools").glob("*.py")):
+    for path in (*ROOT.glob("tools/*.py"), *ROOT.glob("ledger/*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "")[:6] == "gptlib":
                 home = import_module(node.module)

@@ -1,6 +1,6 @@
 """Adapters of several ranks against full fine-tuning: the figures of chapter 22.
 
-`python tools/lora.py` takes the demo from GPTLIB_RUNS (chapter 14 trains it) and
+`python ledger/lora.py` takes the demo from GPTLIB_RUNS (chapter 14 trains it) and
 fine-tunes it at each rank and rate, and all its weights at each rate. It writes
 ledger/lora/RANK.json, which lists what came of each rate, and ledger/lora/change.json,
 the singular values of what full fine-tuning changed. What the ledger has is not made
@@ -34,7 +34,7 @@ from gptlib.workshop.runs import all_weights
 from gptlib.workshop.token_files import load_tokens
 
 
-LEDGER = Path(__file__).parents[1] / "ledger" / "lora"
+LEDGER = Path(__file__).with_suffix("")
 DATA = "tinywiki-questions-known"
 STEPS = SETTINGS["steps"] // 2  # of each fine-tuning; there are many
 PLAN = [  # rank, 0 for all weights; learning rate

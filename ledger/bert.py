@@ -1,8 +1,8 @@
 """Encoders against the demo's decoder: the figures of chapter 25.
 
-`python tools/bert.py` takes the demo from GPTLIB_RUNS (chapter 14 trains it), trains
+`python ledger/bert.py` takes the demo from GPTLIB_RUNS (chapter 14 trains it), trains
 the encoders of ENCODERS and writes what they can do to ledger/bert. What the ledger has
-is not made again; `python tools/bert.py PART ...` makes some of PARTS or of ENCODERS.
+is not made again; `python ledger/bert.py PART ...` makes some of PARTS or of ENCODERS.
 Less than an hour on two cores, most of it for the encoder of the most steps.
 """
 
@@ -51,7 +51,7 @@ from gptlib.workshop.tinywiki import TinyWiki, pool, spell, world
 from gptlib.workshop.watching import read_rows
 
 
-LEDGER = Path(__file__).parents[1] / "ledger" / "bert"
+LEDGER = Path(__file__).with_suffix("")
 WEIGHTS = Path(os.environ.get("GPTLIB_RUNS", "runs")) / "bert"
 DEMO = PRESETS["demo"]
 ENCODERS = {  # name: steps, share of chosen tokens, (hidden, any token)

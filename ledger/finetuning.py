@@ -1,12 +1,12 @@
 """What fine-tuning on TinyWiki's questions changes: the figures of chapter 21.
 
-`python tools/finetuning.py` trains the demo if GPTLIB_RUNS has no such run yet, then
+`python ledger/finetuning.py` trains the demo if GPTLIB_RUNS has no such run yet, then
 fine-tunes it on each set of questions. It writes ledger/finetuning/NAME.json for the
 base, for the end of each fine-tuning, and for its best checkpoint by validation loss.
-`python tools/finetuning.py NAME ...` makes only these. About ten minutes on two cores,
+`python ledger/finetuning.py NAME ...` makes only these. About ten minutes on two cores,
 and the demo's training.
 
-`python tools/finetuning.py instructions FILE` pretrains a small model on the corpus
+`python ledger/finetuning.py instructions FILE` pretrains a small model on the corpus
 `books`, and fine-tunes it on a file of instructions: a JSON list of objects with
 `instruction`, `input` and `output`. About twenty minutes on one core.
 """
@@ -47,7 +47,7 @@ from gptlib.workshop.watching import read_rows
 
 
 RUNS = Path(os.environ.get("GPTLIB_RUNS", "runs"))
-LEDGER = Path(__file__).parents[1] / "ledger" / "finetuning"
+LEDGER = Path(__file__).with_suffix("")
 PLAN = {name: (name, 200) for name in QUESTIONS if not name.endswith("-all")} | {
     "replay": ("tinywiki-questions+tinywiki", 400),
     "replay-all": ("tinywiki-questions-all+tinywiki", 400),

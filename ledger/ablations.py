@@ -1,6 +1,6 @@
 """Ablations: which change of training or of the model reaches a loss with fewer tokens?
 
-`python tools/ablations.py GROUP` runs what the group still lacks in
+`python ledger/ablations.py GROUP` runs what the group still lacks in
 ledger/ablations/runs.jsonl, two runs at a time with one thread each. Chapter 24 shows
 the groups from `parts` on, and the page "What did not work" the others. Model, data and
 budget were fixed before the first run: 4 layers of width 128 on the books, a vocabulary
@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 
 
-LEDGER = Path(__file__).parents[1] / "ledger" / "ablations" / "runs.jsonl"
+LEDGER = Path(__file__).with_suffix("") / "runs.jsonl"
 STEPS = 1000  # of 16 x 128 tokens
 ADAMW, MUON = (
     4e-3,
@@ -253,7 +253,7 @@ def start(group: str, name: str, seed: int) -> None:
 def main() -> None:
     group = sys.argv[1] if len(sys.argv) > 1 else ""
     if group not in GROUPS:
-        sys.exit(f"usage: python tools/ablations.py {'|'.join(GROUPS)}")
+        sys.exit(f"usage: python ledger/ablations.py {'|'.join(GROUPS)}")
     candidates, seeds = GROUPS[group]
     if len(sys.argv) == 4:
         name, seed = sys.argv[2], int(sys.argv[3])

@@ -1,6 +1,6 @@
 """Does a branch end where a run planned for its length ends?
 
-`python tools/branching.py` trains, for three seeds, a run planned for 400 steps up to
+`python ledger/branching.py` trains, for three seeds, a run planned for 400 steps up to
 step 100, a branch off it (200 steps, half of them cooling down), and a run that was
 planned for 200 steps from the start. They differ in the warm-up alone: it has 5% of the
 steps that were planned. Each result is a line of ledger/branching/runs.jsonl, and a
@@ -22,7 +22,7 @@ from gptlib.workshop.runs import RunOptions, branch_run
 from gptlib.workshop.token_files import load_tokens
 
 
-LEDGER = Path(__file__).parents[1] / "ledger" / "branching" / "runs.jsonl"
+LEDGER = Path(__file__).with_suffix("") / "runs.jsonl"
 DEMO = PRESETS["demo"]
 LONG = dataclasses.replace(
     DEMO,

@@ -1,10 +1,10 @@
 """What rewards change: the figures of chapter 23.
 
-`python tools/rewards.py` trains the demo if GPTLIB_RUNS has no such run yet, fine-tunes
-starts from it, and trains these on rewards. It writes ledger/rewards/NAME.json. About
-half an hour on two cores, and the demo's training. With names of parts (starts,
-backwards, tinywiki, length, first_word) it makes these alone. What the ledger has is
-not made again; delete a file to make it anew.
+`python ledger/rewards.py` trains the demo if GPTLIB_RUNS has no such run yet,
+fine-tunes starts from it, and trains these on rewards. It writes
+ledger/rewards/NAME.json. About half an hour on two cores, and the demo's training.
+With names of parts (starts, backwards, tinywiki, length, first_word) it makes these
+alone. What the ledger has is not made again; delete a file to make it anew.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from gptlib.workshop.runs import RunOptions
 from gptlib.workshop.watching import read_rows
 
 
-LEDGER = Path(__file__).parents[1] / "ledger" / "rewards"
+LEDGER = Path(__file__).with_suffix("")
 RUNS = Path(os.environ.get("GPTLIB_RUNS", "runs"))
 HOW = {"precision": "fp32", "progress": False, "micro_batch_size": 16, "device": "cpu"}
 
