@@ -22,6 +22,17 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+from gptlib.corpus import load_corpus
+from gptlib.decoder import all_fields, model_config
+from gptlib.evaluation import token_losses
+from gptlib.tokenizer import Tokenizer, train_bpe
+from gptlib.training import PRESETS, TrainConfig
+from gptlib.workshop.devices import describe_code
+from gptlib.workshop.files import cache_dir
+from gptlib.workshop.runs import RunOptions, run_training
+from gptlib.workshop.token_files import load_tokens
+from gptlib.workshop.watching import read_rows
+
 
 LEDGER = Path(__file__).with_suffix("") / "runs.jsonl"
 STEPS = 1000  # of 16 x 128 tokens
@@ -149,9 +160,6 @@ GROUPS["alone"] = (
 
 
 def config_of(changes: dict, seed: int, tokenizer: Path):
-    from gptlib.decoder import all_fields, model_config
-    from gptlib.training import PRESETS, TrainConfig
-
     if "preset" in changes:
         preset = PRESETS[changes["preset"]]
         model = model_config(all_fields(preset.model) | changes["model"])
@@ -172,10 +180,6 @@ def config_of(changes: dict, seed: int, tokenizer: Path):
 
 def own_tokenizer() -> Path:
     """A tokenizer of 2,048 tokens from the first 200 pieces of the books, once."""
-    from gptlib.corpus import load_corpus
-    from gptlib.tokenizer import Tokenizer, train_bpe
-    from gptlib.workshop.files import cache_dir
-
     path = cache_dir() / "ablations" / "tokenizer.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,12 +193,6 @@ def own_tokenizer() -> Path:
 
 def run_one(name: str, changes: dict, seed: int) -> dict:
     """Train one candidate and give its line of the ledger."""
-    from gptlib.evaluation import token_losses
-    from gptlib.workshop.devices import describe_code
-    from gptlib.workshop.runs import RunOptions, run_training
-    from gptlib.workshop.token_files import load_tokens
-    from gptlib.workshop.watching import read_rows
-
     config = config_of(changes, seed, own_tokenizer())
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
@@ -220,11 +218,6 @@ def run_one(name: str, changes: dict, seed: int) -> dict:
     }  # fmt: skip
 
 
-def rows() -> list[dict]:
-    lines = LEDGER.read_text(encoding="utf-8").splitlines() if LEDGER.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def add(row: dict) -> None:
     with LEDGER.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
@@ -236,7 +229,8 @@ def add(row: dict) -> None:
 def start(group: str, name: str, seed: int) -> None:
     """Run a candidate in a process of its own and add its line to the ledger."""
     wanted = config_of(GROUPS[group][0][name], seed, own_tokenizer())
-    for row in rows():  # a run is a function of its configuration: done once is enough
+    # a run is a function of its configuration: done once is enough
+    for row in read_rows(LEDGER):
         done = type(wanted).from_dict(row["config"])
         if dataclasses.replace(done, tokenizer=wanted.tokenizer) == wanted:
             return add(row | {"name": name})
@@ -260,7 +254,7 @@ def main() -> None:
         return print(json.dumps(run_one(name, candidates[name], seed)))
     LEDGER.parent.mkdir(parents=True, exist_ok=True)
     own_tokenizer()
-    done = {(row["name"], row["seed"]) for row in rows()}
+    done = {(row["name"], row["seed"]) for row in read_rows(LEDGER)}
     missing = [(name, s) for s in seeds for name in candidates if (name, s) not in done]
     with ThreadPoolExecutor(int(os.environ.get("RUNS_AT_ONCE", "2"))) as pool:
         list(pool.map(lambda pair: start(group, *pair), missing))
