@@ -15,8 +15,6 @@ import re
 import sys
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parent))
 from manuscripts import (
     NOT_PLAIN,
     NOTEBOOKS,

@@ -24,10 +24,6 @@ from functools import cache
 from pathlib import Path
 
 import yaml
-from PIL import Image  # matplotlib brings it
-
-
-sys.path.insert(0, str(Path(__file__).parent))
 from manuscripts import (
     NOTEBOOKS,
     PACKAGE,
@@ -42,6 +38,7 @@ from manuscripts import (
     text_hash,
     why_damaged,
 )
+from PIL import Image  # matplotlib brings it
 from plain import plain_cells, targets
 
 
