@@ -5,7 +5,6 @@ Tangled from book/workshop/W21_gguf_files.md; change it there, not here.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -26,7 +25,13 @@ from gptlib.decoder import (
 )
 from gptlib.gpt import GPT, GPTConfig
 from gptlib.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
-from gptlib.workshop.families import family_of, sizes_of, their_names
+from gptlib.workshop.families import (
+    check_finite,
+    family_of,
+    need,
+    split_rows,
+    their_names,
+)
 from gptlib.workshop.files import sync_folder
 from gptlib.workshop.tokenizer_json import (
     ExchangeError,
@@ -85,18 +90,13 @@ def gguf_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
     """
     kind, weights = architecture_of(model.config), {}
     config = DecoderConfig(**all_fields(model.config))
+    check_finite(model.state_dict())
     for ours, value in model.state_dict().items():
         value = value.detach().cpu().float()
-        if not torch.isfinite(value).all():
-            raise ExchangeError(
-                f"weight {ours!r} holds values that are not finite; take another "
-                "checkpoint"
-            )
         if ours in ("wte.weight", "lm_head.weight"):
             value = value[:n_vocab]
         names = their_names(ours, NAMES[kind])
-        sizes = sizes_of(ours, config) if len(names) > 1 else [len(value)]
-        for name, part in zip(names, value.split(sizes), strict=True):
+        for name, part in split_rows(value, names, config).items():
             if name.endswith(("attn_q.weight", "attn_k.weight")):
                 part = neighbours_from_halves(part, len(part) // config.head_width)
             weights[name] = part.contiguous()
@@ -242,12 +242,6 @@ def type_of(name: str, value: Tensor, dtype: str) -> str:
     return "f16" if dtype == "q8_0" and value.shape[1] % 32 else dtype
 
 
-def need_gguf() -> None:
-    """Raises ExchangeError, with the cure, where the package gguf is not installed."""
-    if not importlib.util.find_spec("gguf"):
-        raise ExchangeError("gguf is missing; pip install 'gptlib[hf]'")
-
-
 def write_gguf(
     model: GPT,
     tokenizer: Tokenizer,
@@ -268,7 +262,7 @@ def write_gguf(
         raise ExchangeError(f"{out}: a file for llama.cpp ends in .gguf; rename --out")
     if out.exists():
         raise ExchangeError(f"{out} exists; choose another --out or delete it")
-    need_gguf()
+    need("gguf")
     import gguf
 
     kind, n_vocab = architecture_of(model.config), tokenizer.n_vocab
