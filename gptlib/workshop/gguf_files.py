@@ -24,7 +24,7 @@ from gptlib.decoder import (
     rotary_speeds,
 )
 from gptlib.gpt import GPT, GPTConfig
-from gptlib.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+from gptlib.tokenizer import Tokenizer
 from gptlib.workshop.families import (
     check_finite,
     family_of,
@@ -36,9 +36,8 @@ from gptlib.workshop.files import sync_folder
 from gptlib.workshop.tokenizer_json import (
     ExchangeError,
     ForeignTokenizer,
-    byte_letters,
+    in_letters,
     kind_of,
-    merges_of,
 )
 
 
@@ -204,23 +203,10 @@ def gguf_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     if isinstance(tokenizer, ForeignTokenizer):
         found = foreign_gguf_tokenizer(tokenizer)
-    elif tokenizer.pattern != GPT2_PATTERN:
-        raise ExchangeError(
-            f"tokenizer {tokenizer.name!r} does not split text as GPT-2 does; it "
-            "cannot be exported"
-        )
     else:
-        letters = byte_letters()
-
-        def spell(token: bytes) -> str:
-            return "".join(letters[byte] for byte in token)
-
-        found = {"pre": "gpt-2"}
-        ordered = sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
-        found["tokens"] = [*map(spell, ordered), END_OF_TEXT]
-        found["token_type"] = [NORMAL] * len(ordered) + [CONTROL]
-        pairs = merges_of(tokenizer.ranks)
-        found["merges"] = [f"{spell(a)} {spell(b)}" for a, b in pairs]
+        tokens, merges = in_letters(tokenizer)
+        found = {"pre": "gpt-2", "tokens": tokens, "merges": [*map(" ".join, merges)]}
+        found["token_type"] = [NORMAL] * (len(tokens) - 1) + [CONTROL]
     if not found["merges"]:
         raise ExchangeError(
             f"tokenizer {tokenizer.name!r} has no merges; llama.cpp wants some"
