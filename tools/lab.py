@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 from manuscripts import (
@@ -20,7 +19,6 @@ from manuscripts import (
     NOTEBOOKS,
     ROOT,
     Chapter,
-    ManuscriptError,
     chapters,
     nbformat,
     pages,
@@ -163,7 +161,4 @@ def fill(lab: Path, files: dict[str, bytes]) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        print("\n".join([*fill(LAB, editions()), "your copies: lab/00_start.ipynb"]))
-    except ManuscriptError as error:
-        sys.exit(f"lab: {error}")
+    print("\n".join([*fill(LAB, editions()), "your copies: lab/00_start.ipynb"]))

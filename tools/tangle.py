@@ -110,7 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ManuscriptError as error:
-        sys.exit(f"tangle: {error}")
+    main()

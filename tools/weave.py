@@ -18,7 +18,6 @@ import base64
 import hashlib
 import io
 import os
-import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -324,7 +323,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ManuscriptError as error:
-        sys.exit(f"weave: {error}")
+    main()
