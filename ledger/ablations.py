@@ -36,10 +36,7 @@ from gptlib.workshop.watching import read_rows
 
 LEDGER = Path(__file__).with_suffix("") / "runs.jsonl"
 STEPS = 1000  # of 16 x 128 tokens
-ADAMW, MUON = (
-    4e-3,
-    8e-3,
-)  # the best rates of the group `rates`, at the report's schedule
+ADAMW, MUON = 4e-3, 8e-3  # the best of the group `rates`, at the report's schedule
 REPORT = {"warmup_fraction": 800 / 3400, "decay_fraction": 6000 / 3400}
 WARM, WHOLE = {"warmup_fraction": 0.05}, {"decay_fraction": 1.0}
 TRAPEZOID = {"schedule": "trapezoid", "cooldown_fraction": 0.5}
