@@ -55,7 +55,7 @@ check: $(VENV)/.complete
 	$(PY) tools/front.py --check
 	$(PY) tools/check_numbers.py
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check gptlib tools tests book
+	$(BIN)/ruff format --check gptlib tools ledger tests book
 	$(PY) tools/format.py --check
 
 pytest: $(VENV)/.complete
@@ -87,8 +87,8 @@ weave: tangle
 	$(PY) tools/front.py
 
 format: $(VENV)/.complete
-	$(BIN)/ruff check --fix --quiet tools tests book
-	$(BIN)/ruff format --quiet tools tests book
+	$(BIN)/ruff check --fix --quiet tools ledger tests book
+	$(BIN)/ruff format --quiet tools ledger tests book
 	$(PY) tools/format.py
 
 lab: $(VENV)/.complete

@@ -375,14 +375,12 @@ def settings_of(options: EvaluationOptions, run: Run, *names: str) -> dict:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     corpus = options.corpus or run.config.corpus
     named = {name: getattr(options, name) for name in ("context", "batch_size", *names)}
-    return {"corpus": corpus, "name": options.split, "step": run.step} | named
+    settings = {"name": options.split, "step": run.step, "progress": True}
+    return settings | {"corpus": corpus} | named
 
 
 def evaluate_run(
-    options: EvaluationOptions,
-    *,
-    open_weights: Weights | None = None,
-    progress: bool = True,
+    options: EvaluationOptions, *, open_weights: Weights | None = None
 ) -> Evaluation:
     """Evaluate as the command line does. Raises GptlibError's subclasses.
 
@@ -390,13 +388,13 @@ def evaluate_run(
     """
     run = open_model(options, open_weights)
     names = ("stride", "separate", "max_documents", "padded", "window_means")
-    settings = settings_of(options, run, *names) | {"progress": progress}
+    settings = settings_of(options, run, *names)
     if settings["separate"] is None:
         settings["separate"] = run.config.crops == "documents"
     corpus = load_corpus(settings["corpus"])
     laid = {name: getattr(options, name) for name in LAID}
     if options.run and list(laid.values()) == ["articles", False, None]:
-        tokens = load_tokens(corpus, run.tokenizer, progress=progress)
+        tokens = load_tokens(corpus, run.tokenizer, progress=True)
         split = tokens.split(options.split)
     else:  # no other split is read
         split = lay_out(corpus.pieces(options.split), run.tokenizer, **laid)
@@ -427,17 +425,14 @@ def all_protocols(
 
 
 def evaluate_protocols(
-    options: EvaluationOptions,
-    *,
-    open_weights: Weights | None = None,
-    progress: bool = True,
+    options: EvaluationOptions, *, open_weights: Weights | None = None
 ) -> dict[str, Evaluation]:
     """`--all-protocols`: one model on one split, counted in each way in use.
 
     Raises GptlibError's subclasses.
     """
     run = open_model(options, open_weights)
-    settings = settings_of(options, run) | {"progress": progress}
+    settings = settings_of(options, run)
     pieces = load_corpus(settings["corpus"]).pieces(options.split)
     pieces = islice(pieces, options.max_documents)
     results = all_protocols(run.model, pieces, run.tokenizer, **settings)

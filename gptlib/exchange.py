@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
@@ -29,9 +28,12 @@ from gptlib.workshop.checkpoints import Checkpoints
 from gptlib.workshop.devices import describe_code, describe_machine
 from gptlib.workshop.families import (
     FAMILIES,
+    check_finite,
     family_of,
     from_family,
+    need,
     our_decoder_config,
+    refuse,
     to_family,
 )
 from gptlib.workshop.files import write_whole
@@ -50,16 +52,6 @@ from gptlib.workshop.watching import errors_in_one_line, read_options, read_rows
 
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers: transposed
 ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new"}  # ours -> theirs
-
-
-def check_finite(weights: dict[str, Tensor]) -> None:
-    """Raises ExchangeError for a weight that holds a NaN or an infinity."""
-    for name, value in weights.items():
-        if not torch.isfinite(value).all():
-            raise ExchangeError(
-                f"weight {name!r} holds values that are not finite; take another "
-                "checkpoint"
-            )
 
 
 def to_gpt2_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
@@ -169,7 +161,7 @@ def export_run(run: Run, out: Path | str, *, dtype: str = "fp32") -> Path:
     out = Path(out)
     if dtype not in DTYPES:
         raise ExchangeError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
-    need_transformers()
+    need("transformers")
     from transformers import GenerationConfig, GPT2LMHeadModel
 
     check_finite(run.model.state_dict())
@@ -195,12 +187,6 @@ def export_run(run: Run, out: Path | str, *, dtype: str = "fp32") -> Path:
         GenerationConfig(**ids, do_sample=True).save_pretrained(scratch)
         (scratch / "README.md").write_text(model_card(run), encoding="utf-8")
     return out
-
-
-def need_transformers() -> None:
-    """Raises ExchangeError, with the cure, where transformers is not installed."""
-    if not importlib.util.find_spec("transformers"):
-        raise ExchangeError("transformers is missing; pip install 'gptlib[hf]'")
 
 
 def from_gpt2_weights(weights: dict[str, Tensor], config: GPTConfig) -> GPT:
@@ -268,21 +254,16 @@ def our_config(theirs: dict, *, vocab_size: int | None = None) -> GPTConfig:
 
     Raises ExchangeError, naming the feature, for what GPT-2 has not.
     """
-    theirs = {"activation_function": "gelu_new", "n_inner": None, **theirs}
+    # what a file leaves out is as in GPT-2, but for its kind
+    given = {"model_type": None, "activation_function": "gelu_new", "n_inner": None}
+    theirs = given | theirs
     get = theirs.get
     width = get("n_embd", 768)
     ours = {name: key for key, name in ACTIVATION_NAMES.items()}
     ours["gelu_pytorch_tanh"] = "gelu_tanh"
     allowed: dict[str, tuple] = {key: (value,) for key, value in PLAIN.items()}
     allowed |= {"n_inner": (None, 4 * width), "activation_function": tuple(ours)}
-    for key, values in allowed.items():
-        # what a file leaves out is as in GPT-2, but for its kind
-        value = get(key, None if key == "model_type" else values[0])
-        if value not in values:
-            raise ExchangeError(
-                f"{key} is {value!r}; the models of this book have "
-                + " or ".join(map(repr, values))
-            )
+    refuse(theirs, allowed)
     return GPTConfig(
         n_layer=get("n_layer", 12),
         n_head=get("n_head", 12),
@@ -319,7 +300,7 @@ def import_model(source: str) -> tuple[GPT, Tokenizer]:
     """
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise ExchangeError(f"{source}: no such folder; give a transformers folder")
-    need_transformers()
+    need("transformers")
     from transformers import GPT2LMHeadModel
 
     stored = read_json(find_file(source, "config.json"))

@@ -188,11 +188,11 @@ def read_chats(path: Path | str) -> list[list[Message]]:
     return chats
 
 
-def load_chats(name: str, seed: int = 0) -> dict[str, list[list[Message]]]:
+def load_chats(name: str) -> dict[str, list[list[Message]]]:
     """Both splits of the conversations: QUESTIONS or a file, 1 in 20 held out."""
     name, _ = split_name(name)
     if name in QUESTIONS:
-        return tinywiki_chats(name, seed)
+        return tinywiki_chats(name)
     if not Path(name).exists():
         there = ", ".join(QUESTIONS)
         raise FinetuneError(f"no file {name!r}; give one, or one of {there}")

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptlib import GptlibError
-from gptlib.exchange import need_transformers
 from gptlib.finetuning import Finetune, finetune
 from gptlib.gpt import GPT
 from gptlib.training import Precision, TrainConfig, TrainState, optimizer_of
 from gptlib.workshop.checkpoints import Checkpoints, weights_hash
+from gptlib.workshop.families import need
 from gptlib.workshop.files import write_whole
 from gptlib.workshop.run_folders import Run
 from gptlib.workshop.runs import RunOptions, all_weights, trial
@@ -169,7 +169,7 @@ def save_adapter(model: GPT, folder: Path | str, base: Path | str = "") -> None:
 
     base: where the base is exported to, a hint for whoever opens the folder.
     """
-    need_transformers()
+    need("transformers")
     from safetensors.torch import save
 
     folder, layers, weights = Path(folder), unmerged(model), {}
@@ -194,7 +194,7 @@ def save_adapter(model: GPT, folder: Path | str, base: Path | str = "") -> None:
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor], str | None]:
     """Configuration, weights and, if it is there, the base's hash. Raises LoraError."""
-    need_transformers()
+    need("transformers")
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -256,7 +256,7 @@ def finetune_lora(config: TrainConfig, options: RunOptions, lora: Lora) -> Run |
 
     They come from the newest checkpoint, so the same command writes them again.
     """
-    need_transformers()  # before the work
+    need("transformers")  # before the work
     run = finetune(config, options, make_state=lora)
     found = Checkpoints(run.path / "checkpoints").load_newest() if run else None
     if run and found:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from gptlib import GptlibError
-from gptlib.exchange import check_finite
 from gptlib.gpt import GPT, GPTConfig
 from gptlib.sampling import sample_texts
 from gptlib.tokenizer import GPT2_PATTERN, Tokenizer
+from gptlib.workshop.families import check_finite
 from gptlib.workshop.files import write_whole
 from gptlib.workshop.run_folders import load_run
 from gptlib.workshop.watching import errors_in_one_line, read_options

@@ -165,15 +165,15 @@ LIMITS = {  # lowest and highest value of each number of the settings
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """What decides a run besides its TrainConfig, which holds it as its corpus."""
+    """How answers are drawn and compared; a TrainConfig holds it as its corpus."""
 
-    task: str = "tinywiki"
+    task: str = "tinywiki"  # or backwards, and others
     group: int = 8  # answers to a prompt
     temperature: float = 1.0  # to draw and to score with
     clip: float = 0.2  # how far a ratio may move
     kl: float = 0.02  # weight of the KL to the reference, per nat
     updates: int = 1  # steps with the same answers
-    max_new_tokens: int = 24
+    max_new_tokens: int = 24  # of an answer
 
     def __post_init__(self):
         if self.task not in TASKS:
@@ -446,23 +446,19 @@ def calibration(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reward(RunOptions):
+class Reward(RewardSettings, RunOptions):
     """Train a fine-tuned model on rewards. On an unfinished --out it goes on."""
 
     run: Path  # the --out folder of a fine-tuned model
-    task: str = "tinywiki"  # or backwards, and others
-    group: int = 8  # answers to a prompt
-    temperature: float = 1.0  # to draw and to score with
-    clip: float = 0.2  # how far a ratio may move
-    kl: float = 0.02  # weight of the KL to the start, per nat
-    updates: int = 1  # steps with the same answers
-    max_new_tokens: int = 24  # of an answer
     steps: int = SETTINGS["steps"]
     batch_size: int = SETTINGS["batch_size"]  # prompts
     learning_rate: float = SETTINGS["learning_rate"]  # the peak
     seed: int = 1337
     eval_interval: int = SETTINGS["eval_interval"]  # steps
     plan: bool = False  # take some steps, and print what all will take
+
+    def __post_init__(self):
+        RunOptions.__post_init__(self)  # main checks the settings, in one line
 
 
 def main() -> None:

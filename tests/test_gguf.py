@@ -16,7 +16,6 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as FastTokenizer
 
 import gptlib.exchange as exchange
-import gptlib.workshop.gguf_files as gguf_files
 from gptlib.decoder import DecoderConfig, rotate
 from gptlib.exchange import Export
 from gptlib.gpt import GPT, GPTConfig
@@ -373,7 +372,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, change, message):
 
 
 def test_a_missing_package_is_named_with_its_cure(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_files.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         ExchangeError, match=r"gguf is missing; pip install 'gptlib\[hf\]'"
     ):

@@ -185,7 +185,7 @@ BUGS = [
     # speed
     Bug("chunked gradient not divided", "speed", "grad = grad / ctx.positions", "grad = grad + 0", "speed::equal_to_plain_loss_in_fp32"),
     Bug("chunked loss not divided", "speed", "return loss / N", "return loss", "speed::equal_to_plain_loss_in_fp32"),
-    Bug("only the last chunk reaches the head", "speed", "total.addmm_(grad.T, hidden)", "total.copy_(grad.T @ hidden)", "speed::equal_to_plain_loss_in_fp32"),
+    Bug("only the last chunk reaches the head", "speed", "total.addmm_(probs.T, hidden)", "total.copy_(probs.T @ hidden)", "speed::equal_to_plain_loss_in_fp32"),
     # exchange
     Bug("another GELU in the exported model", "exchange", '"gelu_tanh": "gelu_new"', '"gelu_tanh": "gelu"', "model::logits_equal_transformers"),
     Bug("square matrices not transposed", "exchange", "turned = value.T if name.endswith(LINEAR)", "turned = value.T if name.endswith(LINEAR) and len(value) != len(value.T)", "model::logits_equal_transformers"),

@@ -18,7 +18,7 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "ledger")]
 
 HEADER = """---
 jupytext:
@@ -554,7 +554,7 @@ def test_the_tools_use_gptlib_as_it_is():
     """Imports inside functions, too: they are found only when somebody runs them."""
     from importlib import import_module
 
-    for path in sorted((ROOT / "tools").glob("*.py")):
+    for path in (*ROOT.glob("tools/*.py"), *ROOT.glob("ledger/*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "")[:6] == "gptlib":
                 home = import_module(node.module)
@@ -576,7 +576,7 @@ def test_an_ablation_that_was_done_is_found_in_the_ledger(tmp_path, monkeypatch)
     import ablations
 
     monkeypatch.setattr(ablations, "own_tokenizer", lambda: tmp_path / "tokenizer.json")
-    done, added = ablations.rows(), []
+    done, added = ablations.read_rows(ablations.LEDGER), []
     monkeypatch.setattr(ablations, "add", added.append)
     for group, (candidates, seeds) in ablations.GROUPS.items():
         for name in candidates:
@@ -592,4 +592,6 @@ def test_each_run_of_the_ablations_belongs_to_a_group():
     known = {
         (name, seed) for names, seeds in groups for name in names for seed in seeds
     }
-    assert {(row["name"], row["seed"]) for row in ablations.rows()} <= known
+    assert {
+        (row["name"], row["seed"]) for row in ablations.read_rows(ablations.LEDGER)
+    } <= known

@@ -15,10 +15,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parent))
 from manuscripts import (
     BOOK,
     NOTEBOOKS,
@@ -162,7 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ManuscriptError as error:
-        sys.exit(f"numbers: {error}")
+    main()

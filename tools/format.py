@@ -11,8 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parent))
 from manuscripts import ROOT, Chapter, chapters
 
 

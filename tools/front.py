@@ -12,9 +12,6 @@ import textwrap
 from pathlib import Path
 
 import nbformat
-
-
-sys.path.insert(0, str(Path(__file__).parent))
 from manuscripts import BOOK, NOTEBOOKS
 
 

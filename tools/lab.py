@@ -12,17 +12,13 @@ import hashlib
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parent))
 from manuscripts import (
     NOT_PLAIN,
     NOTEBOOKS,
     ROOT,
     Chapter,
-    ManuscriptError,
     chapters,
     nbformat,
     pages,
@@ -165,7 +161,4 @@ def fill(lab: Path, files: dict[str, bytes]) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        print("\n".join([*fill(LAB, editions()), "your copies: lab/00_start.ipynb"]))
-    except ManuscriptError as error:
-        sys.exit(f"lab: {error}")
+    print("\n".join([*fill(LAB, editions()), "your copies: lab/00_start.ipynb"]))

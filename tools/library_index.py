@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parent))
 from manuscripts import ROOT, Chapter, chapters
 
 

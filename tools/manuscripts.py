@@ -36,7 +36,7 @@ def one_line(kind: type, error: BaseException, trace) -> None:
     """What Python calls for an error that nothing caught."""
     if not issubclass(kind, ManuscriptError):
         return sys.__excepthook__(kind, error, trace)
-    print(error, file=sys.stderr)
+    print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
 
 
 sys.excepthook = one_line

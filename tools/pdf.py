@@ -19,11 +19,8 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 from bs4 import BeautifulSoup
-from pypdf import PdfReader
-
-
-sys.path.insert(0, str(Path(__file__).parent))
 from manuscripts import ROOT
+from pypdf import PdfReader
 
 
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "book/_ext")]

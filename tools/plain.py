@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parent))
 from manuscripts import (
     BOOK,
     NOT_PLAIN,

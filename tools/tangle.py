@@ -11,10 +11,7 @@ from __future__ import annotations
 import ast
 import difflib
 import sys
-from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parent))
 from manuscripts import (
     PACKAGE,
     ROOT,
@@ -113,7 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ManuscriptError as error:
-        sys.exit(f"tangle: {error}")
+    main()

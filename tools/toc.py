@@ -7,12 +7,8 @@ python tools/toc.py --check    exit 1 if it is out of date
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import yaml
-
-
-sys.path.insert(0, str(Path(__file__).parent))
 from manuscripts import BOOK, ROOT, Chapter, chapters
 
 

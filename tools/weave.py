@@ -18,16 +18,11 @@ import base64
 import hashlib
 import io
 import os
-import sys
 import time
 from functools import cache
 from pathlib import Path
 
 import yaml
-from PIL import Image  # matplotlib brings it
-
-
-sys.path.insert(0, str(Path(__file__).parent))
 from manuscripts import (
     NOTEBOOKS,
     PACKAGE,
@@ -42,6 +37,7 @@ from manuscripts import (
     text_hash,
     why_damaged,
 )
+from PIL import Image  # matplotlib brings it
 from plain import plain_cells, targets
 
 
@@ -327,7 +323,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ManuscriptError as error:
-        sys.exit(f"weave: {error}")
+    main()

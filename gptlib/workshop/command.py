@@ -73,21 +73,14 @@ def sample(options: SampleOptions) -> None:
         print()
 
 
+RUN = "workshop.runs.RunOptions"
 HELP = {  # topic: the classes whose fields are its options
-    "pretrain": (
-        "pretraining.Pretrain",
-        "pretraining.Preset",
-        "workshop.runs.RunOptions",
-    ),
-    "plan": ("pretraining.Pretrain", "pretraining.Preset", "workshop.runs.RunOptions"),
+    "pretrain": ("pretraining.Pretrain", "pretraining.Preset", RUN),
+    "plan": ("pretraining.Pretrain", "pretraining.Preset", RUN),
     "settings": ("training.Settings", "gpt.GPTConfig"),
     "parts": ("decoder.DecoderConfig",),
-    "finetune": (
-        "finetuning.Finetune",
-        "lora.FinetuneLora",
-        "workshop.runs.RunOptions",
-    ),
-    "reward": ("rewards.Reward", "workshop.runs.RunOptions"),
+    "finetune": ("finetuning.Finetune", "lora.FinetuneLora", RUN),
+    "reward": ("rewards.Reward", "rewards.RewardSettings", RUN),
     "watch": ("workshop.watching.WatchOptions",),
     "sample": ("workshop.command.SampleOptions",),
     "evaluate": ("evaluation.EvaluationOptions",),

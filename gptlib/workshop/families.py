@@ -5,7 +5,7 @@ Tangled from book/workshop/W20_families.md; change it there, not here.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -56,12 +56,17 @@ def their_names(ours: str, names: dict[str, list[str]]) -> list[str]:
     return [f"{theirs.format(number)}.{suffix}" for theirs in names[key]]
 
 
-def sizes_of(name: str, config: DecoderConfig) -> list[int]:
-    """How many rows of one of our tensors belong to each of theirs."""
-    if ".c_attn." in name:
-        heads = (config.n_head, config.kv_heads, config.kv_heads)
-        return [n * config.head_width for n in heads]
-    return [config.inner_width] * 2
+def split_rows(
+    value: Tensor, names: list[str], config: DecoderConfig
+) -> dict[str, Tensor]:
+    """One of our tensors as theirs: whole, as gate and value, or as q, k and v."""
+    heads = (config.n_head, config.kv_heads, config.kv_heads)
+    sizes = {
+        1: [len(value)],
+        2: [config.inner_width] * 2,
+        3: [n * config.head_width for n in heads],
+    }[len(names)]
+    return dict(zip(names, value.split(sizes), strict=True))
 
 
 def by_part(value: Tensor, n_head: int) -> Tensor:
@@ -72,6 +77,12 @@ def by_part(value: Tensor, n_head: int) -> Tensor:
 def by_head(value: Tensor, n_head: int) -> Tensor:
     """The inverse of `by_part`."""
     return value.unflatten(0, (3, n_head, -1)).transpose(0, 1).reshape(value.shape)
+
+
+def need(package: str) -> None:
+    """Raises ExchangeError, with the cure, where a package is not installed."""
+    if not importlib.util.find_spec(package):
+        raise ExchangeError(f"{package} is missing; pip install 'gptlib[hf]'")
 
 
 @dataclass(frozen=True)
@@ -256,12 +267,23 @@ def their_decoder_config(config: DecoderConfig, n_vocab: int, end_of_text: int) 
     )
 
 
+def check_finite(weights: dict[str, Tensor]) -> None:
+    """Raises ExchangeError for a weight that holds a NaN or an infinity."""
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise ExchangeError(
+                f"weight {name!r} holds values that are not finite; take another "
+                "checkpoint"
+            )
+
+
 def from_family(weights: dict[str, Tensor], config: DecoderConfig, kind: str) -> GPT:
     """A model of ours from a state of `transformers`.
 
     Raises ExchangeError for a weight that is missing, unknown, of a wrong shape or not
     finite; the message names it.
     """
+    check_finite(weights)
     with torch.device("meta"):
         model = GPT(config)
     left, names, found = dict(weights), FAMILIES[kind].names, {}
@@ -273,8 +295,6 @@ def from_family(weights: dict[str, Tensor], config: DecoderConfig, kind: str) ->
             if name not in left:
                 raise ExchangeError(f"weight {name!r} is missing")
             parts.append(left.pop(name).float())
-            if not torch.isfinite(parts[-1]).all():
-                raise ExchangeError(f"weight {name!r} holds values that are not finite")
         value = torch.cat(parts)
         if value.shape != wanted.shape:
             raise ExchangeError(
@@ -306,8 +326,7 @@ def to_family(model: GPT, n_vocab: int, end_of_text: int) -> Any:
         if kind == "bloom" and ".c_attn." in ours:
             value = by_head(value, config.n_head)
         names = their_names(ours, FAMILIES[kind].names)
-        sizes = sizes_of(ours, config) if len(names) > 1 else [len(value)]
-        for name, part in zip(names, value.split(sizes), strict=True):
+        for name, part in split_rows(value, names, config).items():
             weights[name] = part.clone()
     if config.tied_head:
         weights["lm_head.weight"] = next(iter(weights.values()))  # wte comes first

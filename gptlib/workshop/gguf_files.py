@@ -5,7 +5,6 @@ Tangled from book/workshop/W21_gguf_files.md; change it there, not here.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -25,15 +24,20 @@ from gptlib.decoder import (
     rotary_speeds,
 )
 from gptlib.gpt import GPT, GPTConfig
-from gptlib.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
-from gptlib.workshop.families import family_of, sizes_of, their_names
+from gptlib.tokenizer import Tokenizer
+from gptlib.workshop.families import (
+    check_finite,
+    family_of,
+    need,
+    split_rows,
+    their_names,
+)
 from gptlib.workshop.files import sync_folder
 from gptlib.workshop.tokenizer_json import (
     ExchangeError,
     ForeignTokenizer,
-    byte_letters,
+    in_letters,
     kind_of,
-    merges_of,
 )
 
 
@@ -85,18 +89,13 @@ def gguf_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
     """
     kind, weights = architecture_of(model.config), {}
     config = DecoderConfig(**all_fields(model.config))
+    check_finite(model.state_dict())
     for ours, value in model.state_dict().items():
         value = value.detach().cpu().float()
-        if not torch.isfinite(value).all():
-            raise ExchangeError(
-                f"weight {ours!r} holds values that are not finite; take another "
-                "checkpoint"
-            )
         if ours in ("wte.weight", "lm_head.weight"):
             value = value[:n_vocab]
         names = their_names(ours, NAMES[kind])
-        sizes = sizes_of(ours, config) if len(names) > 1 else [len(value)]
-        for name, part in zip(names, value.split(sizes), strict=True):
+        for name, part in split_rows(value, names, config).items():
             if name.endswith(("attn_q.weight", "attn_k.weight")):
                 part = neighbours_from_halves(part, len(part) // config.head_width)
             weights[name] = part.contiguous()
@@ -204,23 +203,10 @@ def gguf_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     if isinstance(tokenizer, ForeignTokenizer):
         found = foreign_gguf_tokenizer(tokenizer)
-    elif tokenizer.pattern != GPT2_PATTERN:
-        raise ExchangeError(
-            f"tokenizer {tokenizer.name!r} does not split text as GPT-2 does; it "
-            "cannot be exported"
-        )
     else:
-        letters = byte_letters()
-
-        def spell(token: bytes) -> str:
-            return "".join(letters[byte] for byte in token)
-
-        found = {"pre": "gpt-2"}
-        ordered = sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
-        found["tokens"] = [*map(spell, ordered), END_OF_TEXT]
-        found["token_type"] = [NORMAL] * len(ordered) + [CONTROL]
-        pairs = merges_of(tokenizer.ranks)
-        found["merges"] = [f"{spell(a)} {spell(b)}" for a, b in pairs]
+        tokens, merges = in_letters(tokenizer)
+        found = {"pre": "gpt-2", "tokens": tokens, "merges": [*map(" ".join, merges)]}
+        found["token_type"] = [NORMAL] * (len(tokens) - 1) + [CONTROL]
     if not found["merges"]:
         raise ExchangeError(
             f"tokenizer {tokenizer.name!r} has no merges; llama.cpp wants some"
@@ -240,12 +226,6 @@ def type_of(name: str, value: Tensor, dtype: str) -> str:
     if value.dim() == 1 or name == "position_embd.weight":
         return "f32"
     return "f16" if dtype == "q8_0" and value.shape[1] % 32 else dtype
-
-
-def need_gguf() -> None:
-    """Raises ExchangeError, with the cure, where the package gguf is not installed."""
-    if not importlib.util.find_spec("gguf"):
-        raise ExchangeError("gguf is missing; pip install 'gptlib[hf]'")
 
 
 def write_gguf(
@@ -268,7 +248,7 @@ def write_gguf(
         raise ExchangeError(f"{out}: a file for llama.cpp ends in .gguf; rename --out")
     if out.exists():
         raise ExchangeError(f"{out} exists; choose another --out or delete it")
-    need_gguf()
+    need("gguf")
     import gguf
 
     kind, n_vocab = architecture_of(model.config), tokenizer.n_vocab

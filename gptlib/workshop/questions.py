@@ -17,15 +17,7 @@ from gptlib.corpus import load_corpus
 from gptlib.gpt import GPT
 from gptlib.tokenizer import Tokenizer
 from gptlib.workshop.probes import Probe, most_probable
-from gptlib.workshop.tinywiki import (
-    FAMOUS,
-    Entity,
-    TinyWiki,
-    pool,
-    spell,
-    titles,
-    world,
-)
+from gptlib.workshop.tinywiki import FAMOUS, Entity, TinyWiki, pool, spell, world
 
 
 Turn = dict[str, str]  # role and content
@@ -88,18 +80,16 @@ class Question:
 
 
 def questions(
-    entities: Sequence[Entity],
-    wordings: Callable[[int], Sequence[int]],
-    seed: int = 0,
+    entities: Sequence[Entity], wordings: Callable[[int], Sequence[int]]
 ) -> list[Question]:
     """Questions about entities; wordings(i): the numbers of those for the i-th fact."""
-    wiki, found, i = TinyWiki(seed), [], 0
+    wiki, found, i = TinyWiki(), [], 0
     for entity in entities:
         facts = wiki.facts(*entity)
-        words = {key: spell(seed, value) for key, value in facts.items()}
+        words = {key: spell(wiki.seed, value) for key, value in facts.items()}
         for ask in (ask for ask in read_asks() if ask.kind == entity.kind):
             values = pool(world()[entity.kind].facts[ask.fact].values, entity)
-            candidates = tuple(spell(seed, value) for value in values)
+            candidates = tuple(spell(wiki.seed, value) for value in values)
             opening = ask.answer.removesuffix(f" {{{ask.fact}}} .").format(**words)
             rest = opening, words[ask.fact], candidates, words["name"]
             for k in wordings(i):
@@ -130,26 +120,23 @@ def told_titles() -> frozenset[str]:
     return frozenset(title for some in found for title in some)
 
 
-def unknown_entities(seed: int = 0, times: int = 4) -> list[Entity]:
+def obscure(kind: str, told: bool) -> list[Entity]:
+    """Those of a kind that are not famous: told in the training text, or not."""
+    others = TinyWiki().entities(kind, famous=False)
+    return [Entity(kind, i) for i, name in others if (name in told_titles()) == told]
+
+
+def unknown_entities() -> list[Entity]:
     """Entities that have names and facts, and no article in the training text.
 
-    `times` as many of each kind as there are famous ones.
+    Four times as many of each kind as there are famous ones.
     """
-    found = []
-    for kind, n in FAMOUS.items():
-        names = list(enumerate(titles(seed, kind)))[n:]
-        new = [Entity(kind, i) for i, name in names if name not in told_titles()]
-        found += new[: times * n]
-    return found
+    return [e for kind, n in FAMOUS.items() for e in obscure(kind, False)[: 4 * n]]
 
 
-def rare_entities(seed: int = 0) -> list[Entity]:
+def rare_entities() -> list[Entity]:
     """Entities that have an article in the training text and are not famous."""
-    found = []
-    for kind, n in FAMOUS.items():
-        names = list(enumerate(titles(seed, kind)))[n:]
-        found += [Entity(kind, i) for i, name in names if name in told_titles()]
-    return found
+    return [e for kind in FAMOUS for e in obscure(kind, True)]
 
 
 def all_of(wordings: Sequence[int]) -> Callable[[int], Sequence[int]]:
@@ -162,9 +149,9 @@ def in_turn(wordings: Sequence[int]) -> Callable[[int], Sequence[int]]:
     return lambda i: [wordings[i % len(wordings)]]
 
 
-def test_sets(seed: int = 0) -> dict[str, list[Question]]:
+def test_sets() -> dict[str, list[Question]]:
     """Questions to test with, each fact once; only those of the first were trained."""
-    famous, unknown = famous_entities(), unknown_entities(seed)
+    famous, unknown = famous_entities(), unknown_entities()
     trained = [e for e in famous if not held_out(e)]
     kept = [e for e in famous if held_out(e)]
     strange = [e for e in unknown if held_out(e)][::2]
@@ -176,8 +163,7 @@ def test_sets(seed: int = 0) -> dict[str, list[Question]]:
         "never told": (strange, OLD),
     }
     return {
-        name: questions(entities, in_turn(k), seed)
-        for name, (entities, k) in plans.items()
+        name: questions(entities, in_turn(k)) for name, (entities, k) in plans.items()
     }
 
 
@@ -189,9 +175,9 @@ QUESTIONS = {  # name of the data: what questions about unknown entities get
 }
 
 
-def join_chats(chats: Sequence[list[Turn]], seed: int) -> list[list[Turn]]:
+def join_chats(chats: Sequence[list[Turn]]) -> list[list[Turn]]:
     """Conversations of one, two or three questions in turn, in a shuffled order."""
-    draws = np.random.Philox(key=np.array([seed, 0], np.uint64)).random_raw(len(chats))
+    draws = np.random.Philox(key=np.zeros(2, np.uint64)).random_raw(len(chats))
     order = np.argsort(draws, kind="stable").tolist()
     found: list[list[Turn]] = []
     while order:
@@ -201,21 +187,21 @@ def join_chats(chats: Sequence[list[Turn]], seed: int) -> list[list[Turn]]:
     return found
 
 
-def tinywiki_chats(name: str, seed: int = 0) -> dict[str, list[list[Turn]]]:
+def tinywiki_chats(name: str) -> dict[str, list[list[Turn]]]:
     """Both splits of QUESTIONS[name]: trained and held-out wordings and entities."""
     famous = famous_entities()
-    unknown = [] if name.endswith("-known") else unknown_entities(seed)
-    rare = rare_entities(seed) if name.endswith("-all") else []
+    unknown = [] if name.endswith("-known") else unknown_entities()
+    rare = rare_entities() if name.endswith("-all") else []
     splits = {}
     for split, wordings in (("train", OLD), ("validation", NEW)):
         kept = [e for e in famous if held_out(e) == (wordings is NEW)]
-        chats = [q.chat() for q in questions(kept, all_of(wordings), seed)]
+        chats = [q.chat() for q in questions(kept, all_of(wordings))]
         kept = [e for e in unknown if held_out(e) == (wordings is NEW)]
-        strange = questions(kept, in_turn(wordings), seed)
+        strange = questions(kept, in_turn(wordings))
         reply = None if name.endswith("-invented") else UNKNOWN
         kept = [e for e in rare if held_out(e) == (wordings is NEW)]
-        chats += [q.chat() for q in questions(kept, in_turn(wordings), seed)]
-        splits[split] = join_chats(chats + [q.chat(reply) for q in strange], seed)
+        chats += [q.chat() for q in questions(kept, in_turn(wordings))]
+        splits[split] = join_chats(chats + [q.chat(reply) for q in strange])
     return splits
 
 
@@ -268,17 +254,17 @@ def length_score(question: Question, told: bool, reply: str) -> float:
     return min(len(reply.split()), 20) / 20
 
 
-def tinywiki_prompts(score: Callable[..., float], seed: int = 0) -> Splits:
+def tinywiki_prompts(score: Callable[..., float]) -> Splits:
     """Questions of `tinywiki-questions`, one by one; both splits."""
     splits = {}
     for split, wordings in (("train", OLD), ("validation", NEW)):
         prompts = []
         for told, entities, each in (
             (True, famous_entities(), all_of),
-            (False, unknown_entities(seed), in_turn),
+            (False, unknown_entities(), in_turn),
         ):
             kept = [e for e in entities if held_out(e) == (wordings is NEW)]
-            for q in questions(kept, each(wordings), seed):
+            for q in questions(kept, each(wordings)):
                 answer = q.answer if told else UNKNOWN
                 prompts.append(Prompt(q.chat()[:1], answer, partial(score, q, told)))
         splits[split] = prompts

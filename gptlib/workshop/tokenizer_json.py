@@ -30,6 +30,12 @@ def byte_letters() -> dict[int, str]:
     return letters | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
+@functools.cache
+def letter_bytes() -> dict[str, int]:
+    """The inverse of `byte_letters`."""
+    return {letter: byte for byte, letter in byte_letters().items()}
+
+
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The merges behind a table of ranks: each token's two halves.
 
@@ -52,18 +58,11 @@ class ExchangeError(GptlibError):
     """What cannot be exported or imported; names the key, the feature or the file."""
 
 
-def to_fast_tokenizer(tokenizer: Tokenizer, block_size: int):
-    """A `transformers.PreTrainedTokenizerFast` that gives the same ids on all text.
+def in_letters(tokenizer: Tokenizer) -> tuple[list[str], list[tuple[str, str]]]:
+    """The tokens by id, the mark last, and the merges, in GPT-2's letters.
 
-    By transformers' custom the words `<|endoftext|>` in a text become the mark; with
-    `split_special_tokens=True` they are ordinary text, as `Tokenizer.encode` has them.
-    block_size: the longest text of a model, in tokens. Raises ExchangeError for another
-    split pattern than GPT-2's.
+    Raises ExchangeError for another split pattern than GPT-2's.
     """
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as FastTokenizer
-    from transformers import PreTrainedTokenizerFast
-
     if tokenizer.pattern != GPT2_PATTERN:
         raise ExchangeError(
             f"tokenizer {tokenizer.name!r} does not split text as GPT-2 does; it "
@@ -74,9 +73,24 @@ def to_fast_tokenizer(tokenizer: Tokenizer, block_size: int):
     def spell(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
 
-    vocabulary = {spell(token): rank for token, rank in tokenizer.ranks.items()}
-    vocabulary[END_OF_TEXT] = tokenizer.end_of_text
+    tokens = sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
     merges = [(spell(a), spell(b)) for a, b in merges_of(tokenizer.ranks)]
+    return [*map(spell, tokens), END_OF_TEXT], merges
+
+
+def to_fast_tokenizer(tokenizer: Tokenizer, block_size: int):
+    """A `transformers.PreTrainedTokenizerFast` that gives the same ids on all text.
+
+    By transformers' custom the words `<|endoftext|>` in a text become the mark; with
+    `split_special_tokens=True` they are ordinary text, as `Tokenizer.encode` has them.
+    block_size: the longest text of a model, in tokens. Raises ExchangeError.
+    """
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as FastTokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokens, merges = in_letters(tokenizer)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     fast = FastTokenizer(models.BPE(vocab=vocabulary, merges=merges))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -124,10 +138,9 @@ def from_tokenizer_json(path: Path, name: str) -> Tokenizer:
     unknown = sorted(set(special) - {END_OF_TEXT})
     if unknown:
         raise refuse(f"added tokens {', '.join(unknown)} beside {END_OF_TEXT}")
-    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
 
     def read(token: str) -> bytes:
-        return bytes(bytes_of[letter] for letter in token)
+        return bytes(letter_bytes()[letter] for letter in token)
 
     try:
         vocabulary = bpe.get("vocab", {}).items()
@@ -166,8 +179,7 @@ def kind_of(stored: dict) -> str:
 def bytes_of_token(token: str, kind: str) -> bytes:
     """The bytes that an ordinary token of a `kind_of` tokenizer stands for."""
     if kind == "letters":
-        bytes_of = {letter: byte for byte, letter in byte_letters().items()}
-        return bytes(bytes_of[letter] for letter in token)
+        return bytes(letter_bytes()[letter] for letter in token)
     if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
         return bytes([int(byte[1], 16)])
     return token.replace("\u2581", " ").encode()

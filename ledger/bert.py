@@ -1,8 +1,8 @@
 """Encoders against the demo's decoder: the figures of chapter 25.
 
-`python tools/bert.py` takes the demo from GPTLIB_RUNS (chapter 14 trains it), trains
-the encoders of ENCODERS and writes what they can do to ledger/bert. What the ledger has
-is not made again; `python tools/bert.py PART ...` makes some of PARTS or of ENCODERS.
+`python ledger/bert.py` trains the demo if GPTLIB_RUNS has no such run yet, and the
+encoders of ENCODERS, and writes what they can do to ledger/bert. What the ledger has
+is not made again; `python ledger/bert.py PART ...` makes some of PARTS or of ENCODERS.
 Less than an hour on two cores, most of it for the encoder of the most steps.
 """
 
@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import os
 import sys
 import time
-from pathlib import Path
 
 import torch
+from entries import RUNS, Entries, demo
 
 from gptlib.batches import crops
 from gptlib.bert import (
@@ -45,34 +43,18 @@ from gptlib.training import (
 )
 from gptlib.workshop.probes import continuation_log_probs, fact_probes
 from gptlib.workshop.questions import read_asks
-from gptlib.workshop.run_folders import Run, load_run, run_folder
 from gptlib.workshop.runs import open_corpus
 from gptlib.workshop.tinywiki import TinyWiki, pool, spell, world
 from gptlib.workshop.watching import read_rows
 
 
-LEDGER = Path(__file__).parents[1] / "ledger" / "bert"
-WEIGHTS = Path(os.environ.get("GPTLIB_RUNS", "runs")) / "bert"
+LEDGER = Entries(__file__)
+WEIGHTS = RUNS / "bert"
 DEMO = PRESETS["demo"]
 ENCODERS = {  # name: steps, share of chosen tokens, (hidden, any token)
     "encoder": (DEMO.steps, 0.15, (0.8, 0.1)),
     "equal": (5 * DEMO.steps // 2, 0.4, (0.8, 0.1)),  # as many predictions as the demo
 }
-
-
-def read(name: str) -> dict:
-    path = LEDGER / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def write(name: str, record: dict) -> None:
-    LEDGER.mkdir(parents=True, exist_ok=True)
-    path = LEDGER / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def demo() -> Run:
-    return load_run(run_folder("demo", DEMO), "last")
 
 
 def encoder_config(steps: int) -> TrainConfig:
@@ -100,7 +82,7 @@ def train_one(name: str) -> GPT:
     model = fresh_model(config)
     data = open_corpus(config, None, False)
     assert mask_token(data.tokenizer) == config.model.mask_token
-    record = read("training")
+    record = LEDGER.read("training")
     if not (name in record and path.exists()):
         n_vocab = data.tokenizer.n_vocab
         batches = MaskedBatches(data.batches, 251, n_vocab, share, parts)
@@ -126,9 +108,9 @@ def train_one(name: str) -> GPT:
         train(state, module, batches, config, micro_batch_size=12, on_step=on_step)
         seconds = round(time.perf_counter() - began)
         settings = {"steps": steps, "share": share, "parts": parts}
-        record = read("training")
+        record = LEDGER.read("training")
         record[name] = settings | {"seconds": seconds, "rows": rows}
-        write("training", record)
+        LEDGER.write("training", record)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), path)
     model.load_state_dict(torch.load(path))
@@ -201,9 +183,9 @@ def fill_in(blanks: list[dict], name: str, model: GPT) -> str:
 
 
 def make_blanks() -> None:
-    run, record = demo(), read("blanks")
+    run, record = demo(), LEDGER.read("blanks")
     models = {f"decoder, {how}": run.model for how in ("before", "whole")}
-    models |= {name: train_one(name) for name in read("training")}
+    models |= {name: train_one(name) for name in LEDGER.read("training")}
     tests = {
         "bare": bare_blanks(run.tokenizer),
         "famous": blanks_in_place(run.tokenizer, True, 100),
@@ -219,7 +201,7 @@ def make_blanks() -> None:
                 grades = found[name] = fill_in(blanks, name, model)
                 rate = grades.count("r") / len(grades)
                 print(test, f"{n:.1%}", name, f"{rate:.1%}", flush=True)
-                write("blanks", record)
+                LEDGER.write("blanks", record)
 
 
 @torch.no_grad()
@@ -243,8 +225,8 @@ def nats(decoder: GPT, ids: list[int]) -> float:
 
 def make_texts() -> None:
     """Pseudo-perplexity of test articles, and texts from left to right."""
-    run, record = demo(), read("texts")
-    for name in read("training"):
+    run, record = demo(), LEDGER.read("texts")
+    for name in LEDGER.read("training"):
         model, entry = train_one(name), record.get(name, {})
         if entry:
             continue
@@ -273,9 +255,9 @@ def make_texts() -> None:
         rows = generate(run.model, tokens, 60, generator=draws, n_vocab=1536).tolist()
         entry["written, decoder"] = round(sum(nats(run.model, r) for r in rows) / 16, 4)
         entry["texts, decoder"] = [run.tokenizer.decode(row[1:]) for row in rows[:2]]
-        record = read("texts") | {name: entry}
+        record = LEDGER.read("texts") | {name: entry}
         print(name, {k: v for k, v in entry.items() if "texts" not in k}, flush=True)
-        write("texts", record)
+        LEDGER.write("texts", record)
 
 
 SIZES, RATES, SEEDS = (10, 30, 100, 1000), (1e-3, 3e-3), (0, 1, 2)
@@ -319,14 +301,14 @@ def make_kinds(show: bool) -> None:
         "encoder": (encoder, 0),
         "untrained": (fresh, 0),
     }
-    if "equal" in read("training"):
+    if "equal" in LEDGER.read("training"):
         models["equal"] = (train_one("equal"), 0)
     name = "kinds" if show else "kinds-left-out"
     data = {
         split: kind_examples(run.tokenizer, split, 1000, show=show)
         for split in ("train", "validation", "test")
     }
-    record = read(name)
+    record = LEDGER.read(name)
     counts = torch.bincount(data["test"][1], minlength=len(world()))
     record["most frequent"] = round(counts.max().item() / 1000, 4)
     for n in SIZES if show else SIZES[1:2]:
@@ -338,14 +320,14 @@ def make_kinds(show: bool) -> None:
                     entry[f"{rate:g}"] = found
                     mean = [round(sum(f) / len(f), 3) for f in zip(*found)]
                     print(name, n, key, rate, mean, flush=True)
-                    write(name, record)
+                    LEDGER.write(name, record)
 
 
 def make_trainings() -> None:
     rows = read_rows(demo().path / "metrics.jsonl")
     rows = [row for row in rows if "validation_loss" in row]
     losses = {row["step"]: round(row["validation_loss"], 4) for row in rows}
-    write("decoder", {"validation_loss": losses})
+    LEDGER.write("decoder", {"validation_loss": losses})
     for name in ENCODERS:
         train_one(name)
 

@@ -1,6 +1,6 @@
 """Ablations: which change of training or of the model reaches a loss with fewer tokens?
 
-`python tools/ablations.py GROUP` runs what the group still lacks in
+`python ledger/ablations.py GROUP` runs what the group still lacks in
 ledger/ablations/runs.jsonl, two runs at a time with one thread each. Chapter 24 shows
 the groups from `parts` on, and the page "What did not work" the others. Model, data and
 budget were fixed before the first run: 4 layers of width 128 on the books, a vocabulary
@@ -22,13 +22,21 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+from gptlib.corpus import load_corpus
+from gptlib.decoder import all_fields, model_config
+from gptlib.evaluation import token_losses
+from gptlib.tokenizer import Tokenizer, train_bpe
+from gptlib.training import PRESETS, TrainConfig
+from gptlib.workshop.devices import describe_code
+from gptlib.workshop.files import cache_dir
+from gptlib.workshop.runs import RunOptions, run_training
+from gptlib.workshop.token_files import load_tokens
+from gptlib.workshop.watching import read_rows
 
-LEDGER = Path(__file__).parents[1] / "ledger" / "ablations" / "runs.jsonl"
+
+LEDGER = Path(__file__).with_suffix("") / "runs.jsonl"
 STEPS = 1000  # of 16 x 128 tokens
-ADAMW, MUON = (
-    4e-3,
-    8e-3,
-)  # the best rates of the group `rates`, at the report's schedule
+ADAMW, MUON = 4e-3, 8e-3  # the best of the group `rates`, at the report's schedule
 REPORT = {"warmup_fraction": 800 / 3400, "decay_fraction": 6000 / 3400}
 WARM, WHOLE = {"warmup_fraction": 0.05}, {"decay_fraction": 1.0}
 TRAPEZOID = {"schedule": "trapezoid", "cooldown_fraction": 0.5}
@@ -149,9 +157,6 @@ GROUPS["alone"] = (
 
 
 def config_of(changes: dict, seed: int, tokenizer: Path):
-    from gptlib.decoder import all_fields, model_config
-    from gptlib.training import PRESETS, TrainConfig
-
     if "preset" in changes:
         preset = PRESETS[changes["preset"]]
         model = model_config(all_fields(preset.model) | changes["model"])
@@ -172,10 +177,6 @@ def config_of(changes: dict, seed: int, tokenizer: Path):
 
 def own_tokenizer() -> Path:
     """A tokenizer of 2,048 tokens from the first 200 pieces of the books, once."""
-    from gptlib.corpus import load_corpus
-    from gptlib.tokenizer import Tokenizer, train_bpe
-    from gptlib.workshop.files import cache_dir
-
     path = cache_dir() / "ablations" / "tokenizer.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,12 +190,6 @@ def own_tokenizer() -> Path:
 
 def run_one(name: str, changes: dict, seed: int) -> dict:
     """Train one candidate and give its line of the ledger."""
-    from gptlib.evaluation import token_losses
-    from gptlib.workshop.devices import describe_code
-    from gptlib.workshop.runs import RunOptions, run_training
-    from gptlib.workshop.token_files import load_tokens
-    from gptlib.workshop.watching import read_rows
-
     config = config_of(changes, seed, own_tokenizer())
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
@@ -220,11 +215,6 @@ def run_one(name: str, changes: dict, seed: int) -> dict:
     }  # fmt: skip
 
 
-def rows() -> list[dict]:
-    lines = LEDGER.read_text(encoding="utf-8").splitlines() if LEDGER.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def add(row: dict) -> None:
     with LEDGER.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
@@ -236,7 +226,8 @@ def add(row: dict) -> None:
 def start(group: str, name: str, seed: int) -> None:
     """Run a candidate in a process of its own and add its line to the ledger."""
     wanted = config_of(GROUPS[group][0][name], seed, own_tokenizer())
-    for row in rows():  # a run is a function of its configuration: done once is enough
+    # a run is a function of its configuration: done once is enough
+    for row in read_rows(LEDGER):
         done = type(wanted).from_dict(row["config"])
         if dataclasses.replace(done, tokenizer=wanted.tokenizer) == wanted:
             return add(row | {"name": name})
@@ -253,14 +244,14 @@ def start(group: str, name: str, seed: int) -> None:
 def main() -> None:
     group = sys.argv[1] if len(sys.argv) > 1 else ""
     if group not in GROUPS:
-        sys.exit(f"usage: python tools/ablations.py {'|'.join(GROUPS)}")
+        sys.exit(f"usage: python ledger/ablations.py {'|'.join(GROUPS)}")
     candidates, seeds = GROUPS[group]
     if len(sys.argv) == 4:
         name, seed = sys.argv[2], int(sys.argv[3])
         return print(json.dumps(run_one(name, candidates[name], seed)))
     LEDGER.parent.mkdir(parents=True, exist_ok=True)
     own_tokenizer()
-    done = {(row["name"], row["seed"]) for row in rows()}
+    done = {(row["name"], row["seed"]) for row in read_rows(LEDGER)}
     missing = [(name, s) for s in seeds for name in candidates if (name, s) not in done]
     with ThreadPoolExecutor(int(os.environ.get("RUNS_AT_ONCE", "2"))) as pool:
         list(pool.map(lambda pair: start(group, *pair), missing))

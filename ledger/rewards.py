@@ -1,16 +1,15 @@
 """What rewards change: the figures of chapter 23.
 
-`python tools/rewards.py` trains the demo if GPTLIB_RUNS has no such run yet, fine-tunes
-starts from it, and trains these on rewards. It writes ledger/rewards/NAME.json. About
-half an hour on two cores, and the demo's training. With names of parts (starts,
-backwards, tinywiki, length, first_word) it makes these alone. What the ledger has is
-not made again; delete a file to make it anew.
+`python ledger/rewards.py` trains the demo if GPTLIB_RUNS has no such run yet,
+fine-tunes starts from it, and trains these on rewards. It writes
+ledger/rewards/NAME.json. About half an hour on two cores, and the demo's training.
+With names of parts (starts, backwards, tinywiki, length, first_word) it makes these
+alone. What the ledger has is not made again; delete a file to make it anew.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from entries import HOW, RUNS, Entries, demo
 
 from gptlib.finetuning import (
     chat_batch,
@@ -27,7 +27,6 @@ from gptlib.finetuning import (
     finetune_config,
     prompt_ids,
 )
-from gptlib.pretraining import pretrain
 from gptlib.rewards import (
     RewardSettings,
     answer_row,
@@ -38,7 +37,6 @@ from gptlib.rewards import (
     score_groups,
     token_log_probs,
 )
-from gptlib.training import PRESETS
 from gptlib.workshop.checkpoints import Checkpoints
 from gptlib.workshop.questions import TASKS, UNKNOWN, Prompt, fact_score, test_sets
 from gptlib.workshop.run_folders import Run, run_folder
@@ -46,21 +44,8 @@ from gptlib.workshop.runs import RunOptions
 from gptlib.workshop.watching import read_rows
 
 
-LEDGER = Path(__file__).parents[1] / "ledger" / "rewards"
-RUNS = Path(os.environ.get("GPTLIB_RUNS", "runs"))
-HOW = {"precision": "fp32", "progress": False, "micro_batch_size": 16, "device": "cpu"}
-
-
-def write(name: str, record: dict) -> None:
-    LEDGER.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1) + "\n"
-    (LEDGER / f"{name}.json").write_text(text, encoding="utf-8")
-
-
-def demo() -> Run:
-    config = PRESETS["demo"]
-    options = {"precision": "fp32", "progress": False}
-    return pretrain(config, RunOptions(run_folder("demo", config), **options))
+LEDGER = Entries(__file__)
+SIXTEEN = HOW | {"micro_batch_size": 16}
 
 
 def some_of(prompts: list[Prompt], n: int) -> list[Prompt]:
@@ -88,11 +73,11 @@ def start_of(task: str, steps: int) -> Run:
         )
     config = finetune_config(demo().path, data, steps=steps, **changes)
     out = run_folder(f"start-{task}", config)
-    return whole(finetune(config, RunOptions(out, **HOW)))
+    return whole(finetune(config, RunOptions(out, **SIXTEEN)))
 
 
 def starts() -> None:
-    if unfinished("starts"):
+    if LEDGER.read("starts"):
         return
     found = []
     for task, steps in (
@@ -108,7 +93,7 @@ def starts() -> None:
             row |= {"right": (rewards == 1).float().mean().item()}
             found.append(row | {"equal": equal_share(rewards)})
             print(found[-1], flush=True)
-    write("starts", {"starts": found})
+    LEDGER.write("starts", {"starts": found})
 
 
 def stated(run: Run, prompts: list[Prompt]) -> list[tuple[float, str]]:
@@ -173,7 +158,8 @@ def whole(run: Run) -> Run:
 
 def rewarded(name: str, base: Run, settings: RewardSettings, **changes) -> Run:
     config = reward_config(base.path, settings, **changes)
-    return whole(reward(config, RunOptions(run_folder(name, config), keep=99, **HOW)))
+    options = RunOptions(run_folder(name, config), keep=99, **SIXTEEN)
+    return whole(reward(config, options))
 
 
 def log_of(run: Run) -> list[dict]:
@@ -225,7 +211,7 @@ def rejection(name: str, base: Run, task: str, budget: int, rate: float) -> dict
         config = finetune_config(
             run.path, data, steps=steps, learning_rate=rate, eval_interval=steps
         )
-        out = RunOptions(run_folder(f"{name}-{round_}", config), **HOW)
+        out = RunOptions(run_folder(f"{name}-{round_}", config), **SIXTEEN)
         drawn = n_tokens(run, some, replies)
         run = whole(finetune(config, out))
         last = drawn + 3 * steps * 16 * drawn // (8 * len(some))
@@ -267,12 +253,6 @@ def best_of(run: Run, sets: dict[str, list[Prompt]], budget: int) -> dict:
     return {"cost": spent, "n": n, "right": found}
 
 
-def unfinished(name: str) -> dict:
-    """What the ledger has of a part already; it is not measured again."""
-    path = LEDGER / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
 def compare(
     task: str,
     base: Run,
@@ -284,7 +264,7 @@ def compare(
 
     own: the name of rejection sampling's data, and its learning rate.
     """
-    record = unfinished(task)
+    record = LEDGER.read(task)
 
     def add(name: str, make: Callable[[], dict]) -> None:
         if name not in record:
@@ -293,7 +273,7 @@ def compare(
             if run := part.pop("run", None):
                 part["sets"] = measure(run, sets)
             record[name] = part | {"seconds": round(time.perf_counter() - began)}
-            write(task, record)
+            LEDGER.write(task, record)
 
     def with_rewards(train: Callable[[], Run]) -> dict:
         run = train()
@@ -335,7 +315,7 @@ def tinywiki() -> None:
 
 def hack(task: str, score: Callable[[Prompt, str], float], steps: int) -> None:
     """Train on a flawed reward without a KL; both scores at the start and 5 times."""
-    if unfinished(task):
+    if LEDGER.read(task):
         return
     base, sets, curve = start_of("tinywiki", 60), tinywiki_sets(), []
     prompts = [
@@ -355,7 +335,7 @@ def hack(task: str, score: Callable[[Prompt, str], float], steps: int) -> None:
         curve.append(row | {"examples": [texts[0], texts[60], texts[-1]]})
         print(task, curve[-1], flush=True)
     record = {"settings": settings.name, "n": len(prompts), "curve": curve}
-    write(task, record | {"log": log_of(run)})
+    LEDGER.write(task, record | {"log": log_of(run)})
 
 
 def length() -> None:

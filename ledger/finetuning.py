@@ -1,12 +1,12 @@
 """What fine-tuning on TinyWiki's questions changes: the figures of chapter 21.
 
-`python tools/finetuning.py` trains the demo if GPTLIB_RUNS has no such run yet, then
+`python ledger/finetuning.py` trains the demo if GPTLIB_RUNS has no such run yet, then
 fine-tunes it on each set of questions. It writes ledger/finetuning/NAME.json for the
 base, for the end of each fine-tuning, and for its best checkpoint by validation loss.
-`python tools/finetuning.py NAME ...` makes only these. About ten minutes on two cores,
+`python ledger/finetuning.py NAME ...` makes only these. About ten minutes on two cores,
 and the demo's training.
 
-`python tools/finetuning.py instructions FILE` pretrains a small model on the corpus
+`python ledger/finetuning.py instructions FILE` pretrains a small model on the corpus
 `books`, and fine-tunes it on a file of instructions: a JSON list of objects with
 `instruction`, `input` and `output`. About twenty minutes on one core.
 """
@@ -14,13 +14,13 @@ and the demo's training.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
 
 import torch
+from entries import HOW, RUNS, Entries, demo
 
 from gptlib.corpus import load_corpus
 from gptlib.evaluation import evaluate
@@ -37,8 +37,6 @@ from gptlib.finetuning import (
     stream_reply,
     weighted_loss,
 )
-from gptlib.pretraining import pretrain
-from gptlib.training import PRESETS
 from gptlib.workshop.questions import QUESTIONS, recalls, test_sets
 from gptlib.workshop.run_folders import Run, load_run, run_folder
 from gptlib.workshop.runs import RunOptions
@@ -46,8 +44,7 @@ from gptlib.workshop.token_files import load_tokens
 from gptlib.workshop.watching import read_rows
 
 
-RUNS = Path(os.environ.get("GPTLIB_RUNS", "runs"))
-LEDGER = Path(__file__).parents[1] / "ledger" / "finetuning"
+LEDGER = Entries(__file__)
 PLAN = {name: (name, 200) for name in QUESTIONS if not name.endswith("-all")} | {
     "replay": ("tinywiki-questions+tinywiki", 400),
     "replay-all": ("tinywiki-questions-all+tinywiki", 400),
@@ -105,9 +102,7 @@ def measure(run: Run, name: str, sets: dict) -> None:
     record |= {"encyclopedia": loss, "ten": ten_questions(run, sets)}
     for question, reply in record["ten"]:
         print(f"    {question}  ->  {reply}", flush=True)
-    LEDGER.mkdir(parents=True, exist_ok=True)
-    path = LEDGER / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    LEDGER.write(name, record)
 
 
 SMALL = """pretrain --preset demo --corpus books --tokenizer bpe-4096 --crops random
@@ -181,28 +176,24 @@ def instructions(path: Path) -> None:
         "samples": [list(four) for four in zip(texts, before, after, wanted)],
     }
     text = json.dumps(record, indent=1, ensure_ascii=False).replace(str(RUNS), "runs")
-    (LEDGER / "instructions.json").write_text(text + "\n", encoding="utf-8")
+    (LEDGER.folder / "instructions.json").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
 def main() -> None:
     if sys.argv[1:2] == ["instructions"]:
         return instructions(Path(sys.argv[2]))
-    demo = PRESETS["demo"]
-    out = run_folder("demo", demo)
-    options = {"precision": "fp32", "progress": False}
-    base = pretrain(demo, RunOptions(out, **options))
-    sets = test_sets()
+    base, sets = demo(), test_sets()
     names = sys.argv[1:] or ["base", *PLAN]
     if "base" in names:
         measure(base, "base", sets)
     for name in (name for name in PLAN if name in names):
         data, steps = PLAN[name]
         config = finetune_config(
-            out, data, steps=steps, batch_size=20 if "+" in data else 16
+            base.path, data, steps=steps, batch_size=20 if "+" in data else 16
         )
-        options["micro_batch_size"] = 4 if "+" in data else 16
-        run = finetune(config, RunOptions(run_folder(name, config), **options))
+        how = HOW | {"micro_batch_size": 4 if "+" in data else 16}
+        run = finetune(config, RunOptions(run_folder(name, config), **how))
         measure(run, name, sets)
         best = load_run(run.path, "best")  # by the loss on held-out conversations
         if best.step < run.step:

@@ -1,6 +1,6 @@
 """Does a branch end where a run planned for its length ends?
 
-`python tools/branching.py` trains, for three seeds, a run planned for 400 steps up to
+`python ledger/branching.py` trains, for three seeds, a run planned for 400 steps up to
 step 100, a branch off it (200 steps, half of them cooling down), and a run that was
 planned for 200 steps from the start. They differ in the warm-up alone: it has 5% of the
 steps that were planned. Each result is a line of ledger/branching/runs.jsonl, and a
@@ -13,6 +13,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from entries import HOW
+
 from gptlib.corpus import load_corpus
 from gptlib.evaluation import evaluate
 from gptlib.pretraining import pretrain
@@ -20,9 +22,10 @@ from gptlib.training import PRESETS, TrainConfig
 from gptlib.workshop.run_folders import Run
 from gptlib.workshop.runs import RunOptions, branch_run
 from gptlib.workshop.token_files import load_tokens
+from gptlib.workshop.watching import read_rows
 
 
-LEDGER = Path(__file__).parents[1] / "ledger" / "branching" / "runs.jsonl"
+LEDGER = Path(__file__).with_suffix("") / "runs.jsonl"
 DEMO = PRESETS["demo"]
 LONG = dataclasses.replace(
     DEMO,
@@ -36,8 +39,7 @@ LONG = dataclasses.replace(
 
 
 def options(out: Path, max_steps: int | None = None) -> RunOptions:
-    how = {"device": "cpu", "precision": "fp32", "progress": False}
-    return RunOptions(out, max_steps=max_steps, **how)
+    return RunOptions(out, max_steps=max_steps, **HOW)
 
 
 def loss_of(run: Run) -> float:
@@ -60,9 +62,7 @@ def pair(seed: int, folder: Path) -> tuple[Run, Run]:
 
 
 def main() -> None:
-    rows = []
-    if LEDGER.exists():
-        rows = [json.loads(line) for line in LEDGER.read_text().splitlines()]
+    rows = read_rows(LEDGER)
     for seed in {1, 2, 3} - {row["seed"] for row in rows}:
         with tempfile.TemporaryDirectory() as folder:
             branch, planned = pair(seed, Path(folder))

@@ -1,6 +1,6 @@
 """Adapters of several ranks against full fine-tuning: the figures of chapter 22.
 
-`python tools/lora.py` takes the demo from GPTLIB_RUNS (chapter 14 trains it) and
+`python ledger/lora.py` trains the demo if GPTLIB_RUNS has no such run yet, and
 fine-tunes it at each rank and rate, and all its weights at each rate. It writes
 ledger/lora/RANK.json, which lists what came of each rate, and ledger/lora/change.json,
 the singular values of what full fine-tuning changed. What the ledger has is not made
@@ -10,11 +10,10 @@ again. Less than a minute for each rank and rate on two cores.
 from __future__ import annotations
 
 import copy
-import json
 import time
-from pathlib import Path
 
 import torch
+from entries import Entries, demo
 
 from gptlib.batches import Batches
 from gptlib.corpus import load_corpus
@@ -27,14 +26,14 @@ from gptlib.finetuning import (
 )
 from gptlib.gpt import GPT
 from gptlib.lora import Lora
-from gptlib.training import PRESETS, Precision, WithLoss, train
+from gptlib.training import Precision, WithLoss, train
 from gptlib.workshop.questions import test_sets
-from gptlib.workshop.run_folders import Run, load_run, run_folder
+from gptlib.workshop.run_folders import Run
 from gptlib.workshop.runs import all_weights
 from gptlib.workshop.token_files import load_tokens
 
 
-LEDGER = Path(__file__).parents[1] / "ledger" / "lora"
+LEDGER = Entries(__file__)
 DATA = "tinywiki-questions-known"
 STEPS = SETTINGS["steps"] // 2  # of each fine-tuning; there are many
 PLAN = [  # rank, 0 for all weights; learning rate
@@ -45,17 +44,6 @@ PLAN = [  # rank, 0 for all weights; learning rate
     *[(rank, rate) for rank in (2, 8, 32) for rate in (1e-2, 3e-3)],
     *[(rank, 3e-2) for rank in (1, 2, 4, 8, 16, 32, 64)],
 ]
-
-
-def read(name: str) -> dict:
-    path = LEDGER / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def write(name: str, record: dict) -> None:
-    LEDGER.mkdir(parents=True, exist_ok=True)
-    path = LEDGER / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def change(base: GPT, tuned: GPT) -> dict:
@@ -102,12 +90,12 @@ def measure(model: GPT, base: Run) -> dict:
 
 
 def main() -> None:
-    base = load_run(run_folder("demo", PRESETS["demo"]), "last")
-    if not read("base"):
-        write("base", measure(base.model, base))
+    base = demo()
+    if not LEDGER.read("base"):
+        LEDGER.write("base", measure(base.model, base))
     for rank, rate in PLAN:
         name = f"rank-{rank}" if rank else "full"
-        record = read(name) or {
+        record = LEDGER.read(name) or {
             "rank": rank,
             "settings": SETTINGS | {"steps": STEPS},
             "rates": {},
@@ -119,9 +107,9 @@ def main() -> None:
         rights = {k: f"{g.count('r') / len(g):.0%}" for k, g in found["grades"].items()}
         print(name, rate, rights, found["encyclopedia"], cost, flush=True)
         record["rates"][f"{rate:g}"] = found
-        write(name, record)
+        LEDGER.write(name, record)
         if rate == SETTINGS["learning_rate"] and not rank:
-            write("change", change(base.model, model))
+            LEDGER.write("change", change(base.model, model))
 
 
 if __name__ == "__main__":
