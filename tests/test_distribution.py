@@ -169,7 +169,7 @@ def test_the_command_of_the_readme(config, tmp_path):
     command += ["--nproc-per-node=2", "-m", "gptlib.pretraining", "--preset", "demo"]
     command += ["--out", str(tmp_path / "two"), "--corpus", config.corpus]
     command += ["--tokenizer", config.tokenizer, "--steps", "4", "--no-progress"]
-    command += ["--eval-sequences", "4", "--eval-interval", "2"]
+    command += ["--eval-sequences", "4", "--eval-interval", "2", "--crops", "random"]
     for name, value in shape.items():
         command += [f"--model.{name}", str(value)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
