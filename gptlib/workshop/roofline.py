@@ -200,7 +200,7 @@ def limit_rows(
         limits = {part.name: least_seconds(part, dtype) for part in parts}
         for kept, new in ((real, {**seconds, WHOLE: whole}), (least, limits)):
             kept |= {name: min(t, kept.get(name, t)) for name, t in new.items()}
-    rows = [
+    rows: list[dict] = [
         {
             "part": part.name,
             "operations": part.operations,
