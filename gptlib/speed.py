@@ -170,7 +170,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden[part] = logits @ w  # N times the gradients from here on
                 add_product(grad_weight, logits, narrow[part])
             grad_hidden -= weight[targets]  # what the one-hot targets add, in full
-            grad_weight.index_put_((targets,), -hidden, accumulate=True)
+            ones = -hidden.to(grad_weight.dtype)
+            grad_weight.index_put_((targets,), ones, accumulate=True)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.positions = N
         return loss / N

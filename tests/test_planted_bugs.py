@@ -185,6 +185,8 @@ BUGS = [
     # speed
     Bug("chunked gradient not divided", "speed", "grad = grad / ctx.positions", "grad = grad + 0", "speed::equal_to_plain_loss_in_fp32"),
     Bug("chunked loss not divided", "speed", "return loss / N", "return loss", "speed::equal_to_plain_loss_in_fp32"),
+    Bug("a repeated target counts once", "speed", "ones, accumulate=True", "ones, accumulate=False", "speed::equal_to_plain_loss_in_fp32"),
+    Bug("targets forgotten below the head", "speed", "grad_hidden -= weight[targets]", "grad_hidden -= 0", "speed::equal_to_plain_loss_in_fp32"),
     Bug("only the last chunk reaches the head", "speed", "total.addmm_(probs.T, hidden)", "total.copy_(probs.T @ hidden)", "speed::equal_to_plain_loss_in_fp32"),
     # exchange
     Bug("another GELU in the exported model", "exchange", '"gelu_tanh": "gelu_new"', '"gelu_tanh": "gelu"', "model::logits_equal_transformers"),

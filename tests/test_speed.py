@@ -240,7 +240,7 @@ def test_tiles_of_any_size(dtype):
 
 
 def test_the_targets_part_of_a_bf16_gradient_is_not_rounded():
-    """p - 1 in bf16 is -1 for all p below 1/256; so 1 is subtracted elsewhere."""
+    """p - 1 in bf16 is -1 for all p below 1/512; so 1 is subtracted elsewhere."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 64, generator=generator, requires_grad=True)
     weight = (0.05 * torch.randn(2000, 64, generator=generator)).requires_grad_()
@@ -252,6 +252,18 @@ def test_the_targets_part_of_a_bf16_gradient_is_not_rounded():
         loss = head_loss(hidden, weight, targets, rows=16)
     for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), exact):
         assert (a - b).norm() < 5e-4 * b.norm()  # 2e-3 if it is rounded
+
+
+def test_hidden_and_weight_may_have_different_types():
+    """Without autocast; the gradients have the types of what they belong to."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 8, generator=generator, requires_grad=True)
+    hidden = torch.randn(20, 8, generator=generator).bfloat16().requires_grad_()
+    targets = torch.randint(50, (20,), generator=generator)
+    found = torch.autograd.grad(head_loss(hidden, weight, targets), (hidden, weight))
+    loss = torch.nn.functional.cross_entropy(hidden.float() @ weight.T, targets)
+    for a, b in zip(found, torch.autograd.grad(loss, (hidden, weight))):
+        assert a.dtype == b.dtype and (a - b).float().norm() < 0.01 * b.float().norm()
 
 
 def test_accumulation_equals_the_large_batch(model, batch):
