@@ -39,7 +39,7 @@ def causal_attention(
     fused kernel (Dao et al. 2022). dropout: the probability of dropping a weight.
     """
     square = q.shape[-2] == k.shape[-2]  # for T < S, is_causal would cut elsewhere
-    mask = None if square else _past(q, k)
+    mask = None if square or q.shape[-2] == 1 else _past(q, k)  # one query reads all
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=square
     )

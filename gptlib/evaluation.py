@@ -355,12 +355,13 @@ def open_model(options: EvaluationOptions, open_weights: Weights | None) -> Run:
     """
     if (options.run is None) == (options.weights is None):
         raise EvaluationError("give either --run FOLDER or --weights NAME")
+    device = pick_device(options.device)
     if options.run:
-        return load_run(options.run, options.which, device=options.device)
+        return load_run(options.run, options.which, device=str(device))
     if open_weights is None:
         raise EvaluationError("--weights is an option of the command `gptlib evaluate`")
     model, tokenizer = open_weights(str(options.weights))
-    model = model.to(pick_device(options.device)).eval()
+    model = model.to(device).eval()
     config = TrainConfig(model.config)  # its corpus: WikiText-103
     return Run(Path(str(options.weights)), model, tokenizer, config, step=0)
 

@@ -42,7 +42,6 @@ from gptlib.workshop.devices import (
     pick_device,
     pick_precision,
     total_memory,
-    use_large_pages,
 )
 from gptlib.workshop.distribution import process_device
 from gptlib.workshop.run_folders import Run, load_run
@@ -101,7 +100,6 @@ def plan(config: TrainConfig, options: RunOptions, *, seconds: float = 20.0) -> 
     kinds of step, of one micro-batch and of three, tell what each of them costs. Writes
     nothing.
     """
-    use_large_pages()
     device = pick_device(options.device)
     precision = pick_precision(device, options.precision)
     model = fresh_model(config).to(device).train()

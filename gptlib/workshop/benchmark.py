@@ -30,7 +30,6 @@ from gptlib.workshop.devices import (
     peak_memory,
     pick_device,
     pick_precision,
-    use_large_pages,
 )
 from gptlib.workshop.int8 import int8_copy
 from gptlib.workshop.roofline import limit_rows, limit_table, random_step
@@ -248,7 +247,6 @@ def main() -> None:
     """`gptlib benchmark --preset NAME [--only VARIANT | --limit] [--json]`."""
     with errors_in_one_line():
         options = read_options(BenchmarkOptions)
-        use_large_pages()
         if options.here and options.only:
             return print(json.dumps(measure_here(options.only, options)))
         if options.limit:

@@ -29,9 +29,11 @@ class DeviceError(GptlibError):
 def pick_device(name: str = "auto") -> torch.device:
     """A device by name; `auto` is CUDA where there is one, else the CPU.
 
-    MPS must be asked for by name, and is tested first. Raises DeviceError for a name
-    that is no device, and for a device that is not there or computes wrongly.
+    MPS must be asked for by name, and is tested first. Pick before the first tensor: a
+    CPU then gets its memory in large pages. Raises DeviceError for a name that is no
+    device, and for a device that is not there or computes wrongly.
     """
+    use_large_pages()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

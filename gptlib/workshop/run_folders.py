@@ -162,7 +162,7 @@ def load_run(path: Path | str, which: str = "best", *, device: str = "cpu") -> R
     A damaged checkpoint is reported and the newest whole one taken. The optimiser's
     state is not read. Raises RunError, CheckpointError.
     """
-    path, record = Path(path), read_record(path)
+    path, record, place = Path(path), read_record(path), devices.pick_device(device)
     if which not in ("best", "last"):
         raise RunError(f"which is {which!r}; it must be best or last")
     if record is None:
@@ -176,7 +176,7 @@ def load_run(path: Path | str, which: str = "best", *, device: str = "cpu") -> R
         raise RunError(f"{path}: no checkpoint yet; let the run reach its first one")
     model = GPT(record["config"].model)
     model.load_state_dict(found[1]["model"])
-    model = model.to(devices.pick_device(device)).eval()
+    model = model.to(place).eval()
     return Run(path, model, tokenizer, record["config"], found[0])
 
 

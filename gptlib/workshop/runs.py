@@ -363,7 +363,6 @@ def run_training(
     GptlibError's subclasses.
     """
     out = Path(options.out)
-    devices.use_large_pages()
     if options.deterministic:
         devices.make_deterministic()
     with processes(process_device(options.device)) as world, devices.memory_advice():
