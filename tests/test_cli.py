@@ -260,7 +260,7 @@ def test_a_number_of_sample_out_of_range_is_one_line(place, name, value):
 
 
 def test_watch_needs_a_run(place):
-    one_line(command(place, "watch", "missing"), "missing")
+    one_line(command(place, "watch", "--run", "missing"), "missing")
 
 
 def test_help_is_short_quick_and_without_torch():
@@ -352,8 +352,6 @@ def test_help_on_each_command_is_one_screen_and_needs_no_torch(tmp_path):
                 flag = "no-" + flag if default is True else flag
                 flag = "model." + flag if "Config" in name else flag
                 flag = "--" + flag
-                if flag == "--run" and topic == "watch":
-                    flag = field.name.upper()
                 (line,) = (s for s in lines if s.startswith(f"  {flag} "))
                 if default is dataclasses.MISSING:
                     assert line.endswith("(required)")

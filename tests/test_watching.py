@@ -85,10 +85,12 @@ def test_in_a_notebook_the_line_is_not_erased(run, monkeypatch, capsys):
 
 
 def test_the_command_watches(run, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["watch", str(run), "--rounds", "1"])
+    monkeypatch.setattr(sys, "argv", ["watch", "--run", str(run), "--rounds", "1"])
     watching.main()
     assert capsys.readouterr().out.strip() == status_line(run)
-    monkeypatch.setattr(sys, "argv", ["watch", str(run / "no"), "--rounds", "1"])
+    monkeypatch.setattr(
+        sys, "argv", ["watch", "--run", str(run / "no"), "--rounds", "1"]
+    )
     with pytest.raises(SystemExit, match="gptlib: .*no run.json there"):
         watching.main()
 

@@ -146,8 +146,6 @@ def option_lines(path: str, given: dict[str, str]) -> Iterator[str]:
         if value in ("None", "''"):
             value = kind.split(" ")[0].upper()
         flag = "--" + prefix + name.replace("_", "-") + " " + value.strip("'")
-        if path == "workshop.watching.WatchOptions" and field.value is None:
-            flag = name.upper()
         yield f"  {flag:28} {comment}".rstrip()
 
 

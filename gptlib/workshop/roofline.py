@@ -6,6 +6,7 @@ Tangled from book/workshop/W24_roofline.md; change it there, not here.
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -168,6 +169,7 @@ def step_seconds(
     step = random_step(config, loss_fn, precision, cpu, sequences, micro_batches)
     step()  # the first one makes the optimiser's averages
     whole = fastest(step)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says its stages
     with torch.profiler.profile(record_shapes=True) as profile:
         step()
     seconds: dict[str, float] = {}

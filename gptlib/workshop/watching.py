@@ -382,21 +382,18 @@ def read_options(
     *,
     default: Any = None,
     required: Sequence[str] = (),
-    positional: bool = False,
     **how,
 ) -> Any:
     """The command line as one of a dataclass, each field an option.
 
     default: one of the class, for what is not given; required: its fields that must be.
-    positional: what is required is written without its name. how: as in `tyro.cli`. A
-    wrong option ends the program, with a message.
+    how: as in `tyro.cli`. A wrong option ends the program, with a message.
     """
     import tyro  # here alone: a program that only imports gptlib does without it
 
-    marks = [tyro.conf.PositionalRequiredArgs] if positional else []
     if default is not None:
         how["default"] = replace(default, **dict.fromkeys(required, tyro.MISSING))
-    return tyro.cli(kind, config=marks, **how)
+    return tyro.cli(kind, **how)
 
 
 @dataclass(frozen=True)
@@ -409,9 +406,9 @@ class WatchOptions:
 
 
 def main() -> None:
-    """`python -m gptlib.workshop.watching RUN`."""
+    """`gptlib watch --run RUN`."""
     with errors_in_one_line(), contextlib.suppress(KeyboardInterrupt):
-        watch(**vars(read_options(WatchOptions, positional=True)))
+        watch(**vars(read_options(WatchOptions)))
 
 
 if __name__ == "__main__":
