@@ -81,7 +81,11 @@ def test_precision_on_the_cpu_is_decided_by_instructions(
     monkeypatch.setattr(devices, "cpu_information", lambda: information)
     clock = "a stopwatch decides nothing"
     monkeypatch.setattr("time.perf_counter", lambda: pytest.fail(clock))
-    assert pick_precision(CPU).name == ("bf16" if bf16 else "fp32")
+    for kernels, has in (("AVX512", bf16), ("AVX2", False)):  # of PyTorch
+        monkeypatch.setattr(
+            torch.backends.cpu, "get_cpu_capability", lambda it=kernels: it
+        )
+        assert pick_precision(CPU).name == ("bf16" if has else "fp32")
 
 
 def test_linux_tells_about_its_processor(tmp_path):

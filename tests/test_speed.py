@@ -15,6 +15,7 @@ from gptlib.speed import (
     ChunkedCrossEntropy,
     FastLoss,
     chunked_loss,
+    compiled_products,
     fast_loss,
     head_loss,
     pick_softmax,
@@ -141,7 +142,15 @@ for folder, compiler in (("shared", torch.compile), ("apart", speed.compile_apar
 """
 
 
+@pytest.fixture
+def compiler():
+    """Skips the test where nothing can be compiled."""
+    if compiled_products(torch.Size([203, 32]), torch.float32) is None:
+        pytest.skip("no compiler here that can be trusted")
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(("filled", "used"), [("AVX512", "AVX2"), ("AVX2", "DEFAULT")])
 def test_a_compiler_cache_of_other_instructions(tmp_path, filled, used):
     """A cache filled under AVX-512 and used under AVX2 once gave half of the loss.
@@ -324,6 +333,7 @@ def test_bad_options(model, batch):
         chunked_loss(model, *batch, softmax="fused")
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
 def test_sampling_copy(bias):
@@ -361,6 +371,7 @@ def test_sampling_copy(bias):
     )
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_sampling_copy_is_a_module_that_moves_as_a_whole(model):
     copy = sampling_copy(model)
     tokens = torch.randint(203, (1, 1))

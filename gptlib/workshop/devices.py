@@ -99,6 +99,9 @@ def pick_precision(device: torch.device, name: str = "auto") -> Precision:
         return Precision("fp32", "cuda", f"{capability} has no fp16, or a faulty one")
     if device.type == "cpu":
         has, why = cpu_has_bf16(cpu_information())
+        kernels = torch.backends.cpu.get_cpu_capability()
+        if has and not kernels.startswith("AVX512"):  # ATEN_CPU_CAPABILITY can say so
+            has, why = False, f"PyTorch uses its kernels for {kernels}"
         return Precision("bf16" if has else "fp32", "cpu", why)
     return Precision("fp32", device.type, "the safe choice on this device")
 
