@@ -355,11 +355,11 @@ def open_model(options: EvaluationOptions, open_weights: Weights | None) -> Run:
     """
     if (options.run is None) == (options.weights is None):
         raise EvaluationError("give either --run FOLDER or --weights NAME")
-    device = pick_device(options.device)
     if options.run:
-        return load_run(options.run, options.which, device=str(device))
+        return load_run(options.run, options.which, device=options.device)
     if open_weights is None:
         raise EvaluationError("--weights is an option of the command `gptlib evaluate`")
+    device = pick_device(options.device)  # before the first tensor
     model, tokenizer = open_weights(str(options.weights))
     model = model.to(device).eval()
     config = TrainConfig(model.config)  # its corpus: WikiText-103

@@ -4,7 +4,7 @@
 a process of its own plans (`gptlib plan`, six seconds), then times whole steps of four
 micro-batches and divides their tokens by the median time. Three rounds, all shapes in
 turn, so that a slow minute of the machine falls on many shapes. The rows go into
-ledger/growth/NAME.json; about fifteen minutes, in which nothing else should compute.
+ledger/growth/NAME.json; about half an hour, in which nothing else should compute.
 """
 
 import dataclasses
@@ -44,16 +44,18 @@ SHAPES = {  # what differs from Table 1's model and from BASE
 }
 
 
+def shape(changes: dict) -> GPTConfig:
+    """Table 1's model with what changes of it."""
+    names = {field.name for field in dataclasses.fields(GPTConfig)}
+    own = {name: value for name, value in changes.items() if name in names}
+    return dataclasses.replace(PRESETS["tinytiny"].model, **own)
+
+
 def measure(changes: dict) -> dict:
     """One round of a shape in this very process."""
     device, size = pick_device("cpu"), changes.get("micro_batch", BASE["micro_batch"])
-    names = {field.name for field in dataclasses.fields(GPTConfig)}
-    shape = {name: value for name, value in changes.items() if name in names}
-    config = PRESETS["tinytiny"]
     config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, **shape),
-        batch_size=MICRO_BATCHES * size,
+        PRESETS["tinytiny"], model=shape(changes), batch_size=MICRO_BATCHES * size
     )
     options = RunOptions(Path("unused"), micro_batch_size=size, device="cpu")
     planned = plan(config, options, seconds=6)
@@ -76,11 +78,8 @@ def measure(changes: dict) -> dict:
 
 def row(changes: dict) -> dict:
     """What does not depend on the machine: sizes and operations."""
-    names = {field.name for field in dataclasses.fields(GPTConfig)}
-    shape = {name: value for name, value in changes.items() if name in names}
-    model = GPT(dataclasses.replace(PRESETS["tinytiny"].model, **shape))
-    c = model.config
-    head = 6 * c.vocab_size * c.n_embd
+    model = GPT(shape(changes))
+    head = 6 * model.config.vocab_size * model.config.n_embd
     return {"flops_per_token": model.flops_per_token(), "head": head, "rounds": []}
 
 
@@ -88,10 +87,10 @@ def main(name: str) -> None:
     device = pick_device("cpu")
     record = {
         "machine": describe_machine(device)["device_name"],
-        "rows": {shape: row(changes) for shape, changes in SHAPES.items()},
+        "rows": {what: row(changes) for what, changes in SHAPES.items()},
     }
     for _ in range(ROUNDS):
-        for shape, changes in SHAPES.items():
+        for what, changes in SHAPES.items():
             threads = str(changes.get("threads", BASE["threads"]))
             done = subprocess.run(
                 [sys.executable, __file__, "--one", json.dumps(changes)],
@@ -101,8 +100,8 @@ def main(name: str) -> None:
                 env={**os.environ, "OMP_NUM_THREADS": threads},
             )
             found = json.loads(done.stdout.splitlines()[-1])
-            record["rows"][shape]["rounds"].append(found)
-            print(shape, found, flush=True)
+            record["rows"][what]["rounds"].append(found)
+            print(what, found, flush=True)
     Entries(__file__).write(name, record)
 
 

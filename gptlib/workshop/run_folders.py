@@ -162,7 +162,8 @@ def load_run(path: Path | str, which: str = "best", *, device: str = "cpu") -> R
     A damaged checkpoint is reported and the newest whole one taken. The optimiser's
     state is not read. Raises RunError, CheckpointError.
     """
-    path, record, place = Path(path), read_record(path), devices.pick_device(device)
+    path, record = Path(path), read_record(path)
+    place = devices.pick_device(device)  # before the first tensor
     if which not in ("best", "last"):
         raise RunError(f"which is {which!r}; it must be best or last")
     if record is None:
