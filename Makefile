@@ -40,7 +40,7 @@ $(VENV)/.complete: requirements.txt pyproject.toml
 
 book: $(VENV)/.complete
 	$(PY) tools/tangle.py --check
-	$(PY) tools/weave.py --to _build/notebooks
+	$(PY) tools/weave.py --jobs 2 --to _build/notebooks
 	BOOK_NOTEBOOKS=_build/notebooks $(BUILD)
 	@$(PY) tools/weave.py --to _build/notebooks --summary
 

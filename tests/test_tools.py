@@ -350,6 +350,28 @@ def test_weave_elsewhere_executes_where_readers_do(book):
     assert "from the root" in str(made.cells)
 
 
+def test_weave_two_at_a_time_executes_all_and_what_measures_time_first(book):
+    edit(
+        book / "book/workshop/W2_two.md",
+        "from gptlib",
+        "from time import perf_counter\n\nfrom gptlib",
+    )
+    said = run(book, "weave", "--jobs", "2", "--to", "_build/nb")
+    done = [row.split()[0] for row in said.stdout.splitlines() if row.endswith(" s")]
+    assert said.returncode == 0 and done[0] == "W2_two" and len(done) > 1, said
+    made = nbformat.read(book / "_build/nb/01_one.ipynb", as_version=4)
+    assert "12.566" in str(made.cells)
+    assert "at least 1" in run(book, "weave", "--jobs", "0").stderr
+
+
+def test_a_failed_cell_ends_weave_with_the_chapter_named(book):
+    edit(book / "book/chapters/01_one.md", 'print("solved")', "1 / 0")
+    said = run(book, "weave", "--jobs", "2", "--to", "_build/nb")
+    assert said.returncode == 1
+    assert said.stderr.startswith("weave: 01_one: a cell failed"), said
+    assert "ZeroDivisionError" in said.stderr
+
+
 def test_weave_refuses_paths_of_this_machine(book):
     edit(book / "book/chapters/01_one.md", 'print("solved")', f"print({str(book)!r})")
     assert "folder of this machine" in run(book, "weave").stderr

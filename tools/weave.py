@@ -6,6 +6,8 @@ python tools/weave.py --all           every chapter
 python tools/weave.py --text          bring the text up to date, execute nothing
 python tools/weave.py --check         write nothing; exit 1 if out of date
 python tools/weave.py --to FOLDER     write there, as `make book` does
+python tools/weave.py --jobs 2        two at a time, each with half of the processor's
+                                      cores; those that measure time alone, before them
 
 What changed is decided by a hash of the chapter's code and of every gptlib module that
 it imports, kept in the notebook. A notebook with cells written by hand is left alone.
@@ -19,6 +21,9 @@ import hashlib
 import io
 import os
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -177,8 +182,11 @@ def refuse_to_lose(fresh: Notebook, stored: Notebook, path: Path) -> None:
         )
 
 
-def execute(notebook: Notebook, folder: Path) -> None:
-    """Run all cells in a fresh kernel whose working directory is `folder`."""
+def execute(notebook: Notebook, folder: Path, threads: int | None) -> None:
+    """Run all cells in a fresh kernel whose working directory is `folder`.
+
+    threads: of the kernel's arithmetic; None leaves that to PyTorch.
+    """
     import asyncio
     import warnings
 
@@ -186,8 +194,10 @@ def execute(notebook: Notebook, folder: Path) -> None:
     from nbclient.exceptions import CellExecutionError
 
     warnings.filterwarnings("ignore", module="zmq")
-    os.environ.setdefault("GPTLIB_RUNS", str(ROOT / "runs"))
-    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    env = {"GPTLIB_RUNS": str(ROOT / "runs")} | dict(os.environ)
+    env["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    if threads:
+        env["OMP_NUM_THREADS"] = str(threads)
     client = NotebookClient(
         notebook,
         timeout=None,
@@ -198,7 +208,7 @@ def execute(notebook: Notebook, folder: Path) -> None:
         resources={"metadata": {"path": str(folder)}},
     )
     try:
-        asyncio.run(client.async_execute())
+        asyncio.run(client.async_execute(env=env))
     except CellExecutionError as error:
         raise ManuscriptError(f"a cell failed:\n{error}") from None
     notebook.metadata["language_info"] = {"name": "python"}
@@ -245,7 +255,18 @@ def refuse_places(notebook: Notebook) -> None:
                 )
 
 
-def weave(chapter: Chapter, path: Path, forced: bool, text_only: bool) -> str:
+def measures_time(chapter: Chapter) -> bool:
+    """Whether another notebook at work beside it would change what it shows."""
+    return any("perf_counter" in cell.source for cell in chapter.code_cells)
+
+
+def weave(
+    chapter: Chapter,
+    path: Path,
+    forced: bool,
+    text_only: bool,
+    threads: int | None = None,
+) -> str:
     """Bring one notebook up to date; returns what was done."""
     fresh, stored = inputs(chapter), read(path)
     if stored is not None:
@@ -264,7 +285,8 @@ def weave(chapter: Chapter, path: Path, forced: bool, text_only: bool) -> str:
         # where readers run it, wherever the result goes: chapters read `../ledger`
         home = (NOTEBOOKS / chapter.notebook_path).parent
         home.mkdir(parents=True, exist_ok=True)
-        execute(fresh, home)
+        print(f"{chapter.stem} ...", flush=True)
+        execute(fresh, home, threads)
         lighten_figures(fresh)
         if path.is_relative_to(NOTEBOOKS):
             refuse_places(fresh)
@@ -284,42 +306,79 @@ def summary(folder: Path) -> None:
     print(f"\nThe book: {(ROOT / '_build/html/index.html').as_uri()}")
 
 
+@contextmanager
+def naming(chapter: str) -> Iterator[None]:
+    """An error inside says in which chapter it is."""
+    try:
+        yield
+    except ManuscriptError as error:
+        raise ManuscriptError(f"{chapter}: {error}") from None
+
+
+def check(wanted: list[Chapter], folder: Path) -> None:
+    """Raises ManuscriptError if a notebook is out of date, and prints which and why."""
+    stale = 0
+    for chapter in wanted:
+        with naming(chapter.stem):
+            why = problem(inputs(chapter), read(folder / chapter.notebook_path))
+        stale += bool(why)
+        print(f"{chapter.stem}: {why}\n" if why else "", end="")
+    if stale:
+        raise ManuscriptError(f"{stale} notebooks are out of date; run `make weave`")
+
+
+def in_turns(wanted: list[Chapter], one: Callable, jobs: int) -> None:
+    """Call `one` for each chapter, for `jobs` at a time if they do not measure time."""
+    alone = [c for c in wanted if jobs == 1 or measures_time(c)]
+    for chapter in alone:
+        one(chapter)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        rest = [pool.submit(one, c, threads) for c in wanted if c not in alone]
+        for future in as_completed(rest):
+            if error := future.exception():
+                pool.shutdown(cancel_futures=True)
+                raise error
+
+
+def refuse_strays(folder: Path) -> None:
+    """Raises ManuscriptError for a notebook that no chapter makes."""
+    wanted = {chapter.notebook_path for chapter in chapters()}
+    for path in sorted(folder.rglob("*.ipynb")):
+        inside = path.relative_to(folder)
+        if inside not in wanted and ".ipynb_checkpoints" not in path.parts:
+            raise ManuscriptError(f"{path}: no chapter makes it; move it to lab/")
+
+
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("chapters", nargs="*", metavar="NN_name")
     for flag in ("--all", "--text", "--check", "--summary"):
         parser.add_argument(flag, action="store_true")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N")
     parser.add_argument("--to", type=Path, default=NOTEBOOKS, metavar="FOLDER")
     options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}; it must be at least 1")
     by_name = {chapter.stem: chapter for chapter in chapters()}
     if unknown := [name for name in options.chapters if name not in by_name]:
         names = ", ".join(by_name)
         raise ManuscriptError(f"no chapter {unknown[0]!r}; there are {names}")
     if options.summary:
         return summary(options.to)
-    stale = 0
-    for name in options.chapters or by_name:
-        chapter, path = by_name[name], options.to / by_name[name].notebook_path
-        try:
-            if options.check:
-                why = problem(inputs(chapter), read(path))
-                stale += bool(why)
-                print(f"{name}: {why}\n" if why else "", end="")
-                continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            print(name, end=" ", flush=True)
-            forced = options.all or bool(options.chapters)
-            print(weave(chapter, path, forced, options.text))
-        except ManuscriptError as error:
-            raise ManuscriptError(f"{name}: {error}") from None
-    if stale:
-        raise ManuscriptError(f"{stale} notebooks are out of date; run `make weave`")
-    wanted = {chapter.notebook_path for chapter in chapters()}
-    for path in sorted(options.to.rglob("*.ipynb")):
-        inside = path.relative_to(options.to)
-        if inside not in wanted and ".ipynb_checkpoints" not in path.parts:
-            raise ManuscriptError(f"{path}: no chapter makes it; move it to lab/")
+    wanted = [by_name[name] for name in options.chapters or by_name]
+
+    def one(chapter: Chapter, threads: int | None = None) -> None:
+        path = options.to / chapter.notebook_path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        forced = options.all or bool(options.chapters)
+        with naming(chapter.stem):
+            done = weave(chapter, path, forced, options.text, threads)
+        print(chapter.stem, done, flush=True)
+
+    check(wanted, options.to) if options.check else in_turns(wanted, one, options.jobs)
+    refuse_strays(options.to)
 
 
 if __name__ == "__main__":
