@@ -13,6 +13,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class Head(nn.Module):
+    """One causal self-attention head: (B, T, C) -> (B, T, head_size).
+
+    Source: Vaswani et al. 2017, section 3.2.1.
+    """
+
+    def __init__(self, n_embd: int, head_size: int):
+        super().__init__()
+        self.query = nn.Linear(n_embd, head_size, bias=False)
+        self.key = nn.Linear(n_embd, head_size, bias=False)
+        self.value = nn.Linear(n_embd, head_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return causal_attention(self.query(x), self.key(x), self.value(x))
+
+
 def _past(q: Tensor, k: Tensor) -> Tensor:
     """(T, S), True where a query may read; queries are the last T of S positions."""
     T, S = q.shape[-2], k.shape[-2]
@@ -43,22 +59,6 @@ def causal_attention(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=square
     )
-
-
-class Head(nn.Module):
-    """One causal self-attention head: (B, T, C) -> (B, T, head_size).
-
-    Source: Vaswani et al. 2017, section 3.2.1.
-    """
-
-    def __init__(self, n_embd: int, head_size: int):
-        super().__init__()
-        self.query = nn.Linear(n_embd, head_size, bias=False)
-        self.key = nn.Linear(n_embd, head_size, bias=False)
-        self.value = nn.Linear(n_embd, head_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return causal_attention(self.query(x), self.key(x), self.value(x))
 
 
 def influence(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

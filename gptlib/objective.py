@@ -14,6 +14,22 @@ from torch import nn
 from gptlib.workshop.muon import Muon
 
 
+def cosine(
+    step: int, *, peak: float, final: float, warmup_steps: int, decay_steps: int
+) -> float:
+    """Rate of the 0-based `step`: linear warm-up, then half a cosine down to `final`.
+
+    Step 0 has peak / warmup_steps, not 0; from `decay_steps` on the rate is `final`.
+    Source: Loshchilov and Hutter 2017.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if step >= decay_steps:
+        return final
+    progress = (step - warmup_steps) / (decay_steps - warmup_steps)  # 0 .. 1
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 def perplexity(loss: float) -> float:
     """e to the loss (nats per token): an even choice among this many tokens."""
     return math.exp(loss)
@@ -44,22 +60,6 @@ def make_adamw(
     """
     groups = parameter_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
-
-
-def cosine(
-    step: int, *, peak: float, final: float, warmup_steps: int, decay_steps: int
-) -> float:
-    """Rate of the 0-based `step`: linear warm-up, then half a cosine down to `final`.
-
-    Step 0 has peak / warmup_steps, not 0; from `decay_steps` on the rate is `final`.
-    Source: Loshchilov and Hutter 2017.
-    """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    if step >= decay_steps:
-        return final
-    progress = (step - warmup_steps) / (decay_steps - warmup_steps)  # 0 .. 1
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def trapezoid(

@@ -28,6 +28,20 @@ from gptlib.corpus import Corpus, load_corpus
 from gptlib.workshop.files import cache_dir, lock, write_whole
 
 
+Pair = tuple[bytes, bytes]
+
+
+def merge_pair(word: list[bytes], pair: Pair) -> list[bytes]:
+    """The word with every occurrence of `pair`, from the left, joined to one token."""
+    merged: list[bytes] = []
+    i = 0
+    while i < len(word):
+        found = tuple(word[i : i + 2]) == pair
+        merged.append(pair[0] + pair[1] if found else word[i])
+        i += 2 if found else 1
+    return merged
+
+
 GPT2_ALTERNATIVES = (
     r"'(?:[sdmt]|ll|ve|re)",  # English endings after an apostrophe
     r" ?\p{L}++",  # letters, with at most one space before them
@@ -47,18 +61,39 @@ def split_words(text: str, pattern: str = GPT2_PATTERN) -> list[bytes]:
     return [word.encode() for word in regex.findall(pattern, text)]
 
 
-Pair = tuple[bytes, bytes]
+def ranks_of(merges: Iterable[Pair]) -> dict[bytes, int]:
+    """Token -> id: the 256 bytes in byte order, then the merges as learned."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [left + right for left, right in merges]
+    return {token: rank for rank, token in enumerate(tokens)}
 
 
-def merge_pair(word: list[bytes], pair: Pair) -> list[bytes]:
-    """The word with every occurrence of `pair`, from the left, joined to one token."""
-    merged: list[bytes] = []
-    i = 0
-    while i < len(word):
-        found = tuple(word[i : i + 2]) == pair
-        merged.append(pair[0] + pair[1] if found else word[i])
-        i += 2 if found else 1
-    return merged
+def encode_word(word: bytes, ranks: Mapping[bytes, int]) -> list[int]:
+    """Ids of one word: join the neighbours of lowest rank, leftmost first, to the end.
+
+    Takes time quadratic in the length of the word.
+    """
+    parts = [bytes([byte]) for byte in word]
+    while len(parts) > 1:
+        joined = [left + right for left, right in zip(parts, parts[1:])]
+        best = min(joined, key=lambda token: ranks.get(token, math.inf))
+        if best not in ranks:
+            break
+        i = joined.index(best)
+        parts[i : i + 2] = [best]
+    return [ranks[part] for part in parts]
+
+
+def encode_text(
+    text: str, ranks: Mapping[bytes, int], *, pattern: str = GPT2_PATTERN
+) -> list[int]:
+    """Ids of a text in plain Python; equal to `Tokenizer.encode`, and much slower."""
+    return [i for word in split_words(text, pattern) for i in encode_word(word, ranks)]
+
+
+def padded_vocab_size(n_vocab: int, multiple: int = 64) -> int:
+    """The next multiple at or above `n_vocab`: 50,257 -> 50,304."""
+    return -(-n_vocab // multiple) * multiple
 
 
 class TokenizerError(GptlibError):
@@ -128,36 +163,6 @@ class PairTable:
             self.words[i] = merge_pair(self.words[i], pair)
             changed += self.count(i, +1)
         self.push(changed)
-
-
-def ranks_of(merges: Iterable[Pair]) -> dict[bytes, int]:
-    """Token -> id: the 256 bytes in byte order, then the merges as learned."""
-    tokens = [bytes([byte]) for byte in range(256)]
-    tokens += [left + right for left, right in merges]
-    return {token: rank for rank, token in enumerate(tokens)}
-
-
-def encode_word(word: bytes, ranks: Mapping[bytes, int]) -> list[int]:
-    """Ids of one word: join the neighbours of lowest rank, leftmost first, to the end.
-
-    Takes time quadratic in the length of the word.
-    """
-    parts = [bytes([byte]) for byte in word]
-    while len(parts) > 1:
-        joined = [left + right for left, right in zip(parts, parts[1:])]
-        best = min(joined, key=lambda token: ranks.get(token, math.inf))
-        if best not in ranks:
-            break
-        i = joined.index(best)
-        parts[i : i + 2] = [best]
-    return [ranks[part] for part in parts]
-
-
-def encode_text(
-    text: str, ranks: Mapping[bytes, int], *, pattern: str = GPT2_PATTERN
-) -> list[int]:
-    """Ids of a text in plain Python; equal to `Tokenizer.encode`, and much slower."""
-    return [i for word in split_words(text, pattern) for i in encode_word(word, ranks)]
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -358,8 +363,3 @@ def _beginning(corpus: Corpus, characters: int) -> Iterator[str]:
             return
         yield piece.text
         characters -= len(piece.text)
-
-
-def padded_vocab_size(n_vocab: int, multiple: int = 64) -> int:
-    """The next multiple at or above `n_vocab`: 50,257 -> 50,304."""
-    return -(-n_vocab // multiple) * multiple
