@@ -30,34 +30,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)
 
 
-def rotary_speeds(
-    head_size: int, base: float, scaling: str, factor: float, original: int
-) -> Tensor:
-    """Radians per position of each pair, (head_size / 2,) float64.
-
-    scaling: none; linear, all divided by `factor`; llama3, only pairs that turn less
-    than once in `original` positions, with a passage up to four turns. Sources: Su et
-    al. 2021; Chen et al. 2023; Grattafiori et al. 2024.
-    """
-    i = torch.arange(0, head_size, 2, dtype=torch.float64, device="cpu")
-    speeds = base ** (-i / head_size)
-    if scaling == "linear":
-        return speeds / factor
-    if scaling == "llama3":
-        turns = original * speeds / (2 * math.pi)
-        kept = ((turns - 1) / 3).clamp(0, 1)
-        return kept * speeds + (1 - kept) * speeds / factor
-    return speeds
-
-
-@functools.cache
-def rotary_table(length: int, *options) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (length, head_size / 2) float32, of `rotary_speeds`."""
-    places = torch.arange(length, dtype=torch.float64, device="cpu")
-    angles = places[:, None] * rotary_speeds(*options)
-    return angles.cos().float(), angles.sin().float()
-
-
 def alibi_slopes(n_head: int) -> Tensor:
     """The slope of each head, (n_head,); for 8 heads 1/2, 1/4, ..., 1/256.
 
@@ -98,6 +70,34 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.c_fc(x).chunk(2, dim=-1)  # (B, T, n_inner) each
         return self.dropout(self.c_proj(F.silu(gate) * value))
+
+
+def rotary_speeds(
+    head_size: int, base: float, scaling: str, factor: float, original: int
+) -> Tensor:
+    """Radians per position of each pair, (head_size / 2,) float64.
+
+    scaling: none; linear, all divided by `factor`; llama3, only pairs that turn less
+    than once in `original` positions, with a passage up to four turns. Sources: Su et
+    al. 2021; Chen et al. 2023; Grattafiori et al. 2024.
+    """
+    i = torch.arange(0, head_size, 2, dtype=torch.float64, device="cpu")
+    speeds = base ** (-i / head_size)
+    if scaling == "linear":
+        return speeds / factor
+    if scaling == "llama3":
+        turns = original * speeds / (2 * math.pi)
+        kept = ((turns - 1) / 3).clamp(0, 1)
+        return kept * speeds + (1 - kept) * speeds / factor
+    return speeds
+
+
+@functools.cache
+def rotary_table(length: int, *options) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (length, head_size / 2) float32, of `rotary_speeds`."""
+    places = torch.arange(length, dtype=torch.float64, device="cpu")
+    angles = places[:, None] * rotary_speeds(*options)
+    return angles.cos().float(), angles.sin().float()
 
 
 class DecoderAttention(nn.Module):

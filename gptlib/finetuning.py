@@ -35,35 +35,7 @@ from gptlib.workshop.tokenizer_json import open_tokenizer
 from gptlib.workshop.watching import errors_in_one_line, read_options, say
 
 
-def demo_run() -> Run:
-    """The demo of chapter 14 if it is trained; else the same with half the steps."""
-    try:
-        run = load_run(run_folder("demo", PRESETS["demo"]), "last")
-    except GptlibError:
-        return small_run()
-    return run if run.step == PRESETS["demo"].steps else small_run()
-
-
-class FinetuneError(GptlibError):
-    """Conversations, or a tokenizer, that a chat model cannot be made with."""
-
-
 MARKS = {"system": 0xFC, "user": 0xFD, "assistant": 0xFE, "end": 0xFF}
-
-
-def chat_marks(tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids of the marks of the three roles, and of the end of a turn.
-
-    They are the tokens of four bytes that UTF-8 never uses, so no text contains them.
-    Raises FinetuneError if the tokenizer lacks one.
-    """
-    marks = {k: tokenizer.ranks.get(bytes([byte])) for k, byte in MARKS.items()}
-    if missing := [name for name, token in marks.items() if token is None]:
-        raise FinetuneError(
-            f"tokenizer {tokenizer.name!r} has no token for the mark {missing[0]!r}; "
-            "use one that has all 256 bytes, as bpe-N and gpt2 do"
-        )
-    return {name: token for name, token in marks.items() if token is not None}
 
 
 Message = dict[str, str]  # role and content
@@ -109,6 +81,34 @@ def weighted_loss(
     logits = model.head(model.hidden(tokens)[counted]).float()  # (N, V)
     losses = F.cross_entropy(logits, targets[counted], reduction="none")
     return losses @ weights[counted]
+
+
+def demo_run() -> Run:
+    """The demo of chapter 14 if it is trained; else the same with half the steps."""
+    try:
+        run = load_run(run_folder("demo", PRESETS["demo"]), "last")
+    except GptlibError:
+        return small_run()
+    return run if run.step == PRESETS["demo"].steps else small_run()
+
+
+class FinetuneError(GptlibError):
+    """Conversations, or a tokenizer, that a chat model cannot be made with."""
+
+
+def chat_marks(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of the marks of the three roles, and of the end of a turn.
+
+    They are the tokens of four bytes that UTF-8 never uses, so no text contains them.
+    Raises FinetuneError if the tokenizer lacks one.
+    """
+    marks = {k: tokenizer.ranks.get(bytes([byte])) for k, byte in MARKS.items()}
+    if missing := [name for name, token in marks.items() if token is None]:
+        raise FinetuneError(
+            f"tokenizer {tokenizer.name!r} has no token for the mark {missing[0]!r}; "
+            "use one that has all 256 bytes, as bpe-N and gpt2 do"
+        )
+    return {name: token for name, token in marks.items() if token is not None}
 
 
 @dataclass(frozen=True)

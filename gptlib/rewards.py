@@ -56,6 +56,15 @@ def advantages(rewards: Tensor) -> Tensor:
     return rewards - rewards.mean(-1, keepdim=True)
 
 
+def k3(new: Tensor, reference: Tensor) -> Tensor:
+    """Schulman's estimate of KL(new || reference), in nats, for each drawn token.
+
+    new, reference: its log-probabilities in both models.
+    """
+    d = reference - new
+    return torch.expm1(d) - d
+
+
 def draw_key(*parts: int) -> int:
     """A seed that is a function of some numbers, such as seed, step and place."""
     text = " ".join(map(str, parts)).encode()
@@ -118,15 +127,6 @@ def token_log_probs(
 def answer_row(prompt: list[int], answer: list[int]) -> Row:
     """Ids of a prompt and its answer, of which the answer is learned."""
     return prompt + answer, [False] * len(prompt) + [True] * len(answer)
-
-
-def k3(new: Tensor, reference: Tensor) -> Tensor:
-    """Schulman's estimate of KL(new || reference), in nats, for each drawn token.
-
-    new, reference: its log-probabilities in both models.
-    """
-    d = reference - new
-    return torch.expm1(d) - d
 
 
 def policy_loss(
