@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gptlib import GptlibError
 from gptlib.gpt import GPT
@@ -50,23 +51,23 @@ def next_token_probs(
     (top-p).
     """
     check_settings(temperature, top_k, top_p)
-    logits, size = logits.float(), logits.shape[-1]
-    if n_vocab is not None:
-        padding = torch.arange(size, device=logits.device) >= n_vocab
-        logits = logits.masked_fill(padding, -math.inf)
+    V, logits = logits.shape[-1], logits[..., :n_vocab].float()
     if temperature == 0:
         top_k, temperature = 1, 1.0
     best = logits.amax(-1, keepdim=True)
     logits = (logits - best) / temperature  # the largest is 0, so none overflows
     if top_k is None and top_p is None:
-        return logits.softmax(-1)
-    ordered, ids = logits.topk(min(top_k or size, size), dim=-1)  # sorted: (B, k)
-    kept = ordered.softmax(-1)
-    if top_p is not None:
-        before = kept.cumsum(-1) - kept  # probability of the tokens that rank above
-        kept = kept.masked_fill(before >= top_p, 0.0)
-        kept = kept / kept.sum(-1, keepdim=True)
-    return torch.zeros_like(logits).scatter(-1, ids, kept)
+        probs = logits.softmax(-1)
+    else:
+        n = logits.shape[-1]
+        ordered, ids = logits.topk(min(top_k or n, n), dim=-1)  # sorted: (B, k)
+        kept = ordered.softmax(-1)
+        if top_p is not None:
+            before = kept.cumsum(-1) - kept  # probability of the tokens that rank above
+            kept = kept.masked_fill(before >= top_p, 0.0)
+            kept = kept / kept.sum(-1, keepdim=True)
+        probs = torch.zeros_like(logits).scatter(-1, ids, kept)
+    return F.pad(probs, (0, V - probs.shape[-1]))  # what is padding is never drawn
 
 
 class LayerCache:
