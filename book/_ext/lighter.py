@@ -1,11 +1,12 @@
 """A lighter site: style sheets without what no page uses.
 
 A rule stays if the pages or their scripts name its classes. The font of icons keeps the
-icons that a style sheet still names.
+icons that a style sheet still names. Notebooks to download are written without spaces.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -103,6 +104,10 @@ def make_lighter(site: Path) -> None:
         subsetter.populate(text="".join(icons))
         subsetter.subset(font)
         subset.save_font(font, str(path), options)
+    for path in site.glob("_sources/**/*.ipynb"):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        short = json.dumps(notebook, ensure_ascii=False, separators=(",", ":"))
+        path.write_text(short, encoding="utf-8")
 
 
 def take_new_styles(app) -> None:
