@@ -16,13 +16,13 @@ it imports, kept in the notebook. A notebook with cells written by hand is left 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
 import hashlib
 import io
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -182,12 +182,11 @@ def refuse_to_lose(fresh: Notebook, stored: Notebook, path: Path) -> None:
         )
 
 
-def execute(notebook: Notebook, folder: Path, threads: int | None) -> None:
+async def execute(notebook: Notebook, folder: Path, threads: int | None) -> None:
     """Run all cells in a fresh kernel whose working directory is `folder`.
 
     threads: of the kernel's arithmetic; None leaves that to PyTorch.
     """
-    import asyncio
     import warnings
 
     from nbclient import NotebookClient
@@ -208,7 +207,7 @@ def execute(notebook: Notebook, folder: Path, threads: int | None) -> None:
         resources={"metadata": {"path": str(folder)}},
     )
     try:
-        asyncio.run(client.async_execute(env=env))
+        await client.async_execute(env=env)
     except CellExecutionError as error:
         raise ManuscriptError(f"a cell failed:\n{error}") from None
     notebook.metadata["language_info"] = {"name": "python"}
@@ -260,7 +259,7 @@ def measures_time(chapter: Chapter) -> bool:
     return any("perf_counter" in cell.source for cell in chapter.code_cells)
 
 
-def weave(
+async def weave(
     chapter: Chapter,
     path: Path,
     forced: bool,
@@ -286,7 +285,7 @@ def weave(
         home = (NOTEBOOKS / chapter.notebook_path).parent
         home.mkdir(parents=True, exist_ok=True)
         print(f"{chapter.stem} ...", flush=True)
-        execute(fresh, home, threads)
+        await execute(fresh, home, threads)
         lighten_figures(fresh)
         if path.is_relative_to(NOTEBOOKS):
             refuse_places(fresh)
@@ -327,18 +326,24 @@ def check(wanted: list[Chapter], folder: Path) -> None:
         raise ManuscriptError(f"{stale} notebooks are out of date; run `make weave`")
 
 
-def in_turns(wanted: list[Chapter], one: Callable, jobs: int) -> None:
-    """Call `one` for each chapter, for `jobs` at a time if they do not measure time."""
+async def in_turns(wanted: list[Chapter], one: Callable, jobs: int) -> None:
+    """Await `one` for each chapter, `jobs` at a time where they do not measure time."""
     alone = [c for c in wanted if jobs == 1 or measures_time(c)]
     for chapter in alone:
-        one(chapter)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ThreadPoolExecutor(jobs) as pool:
-        rest = [pool.submit(one, c, threads) for c in wanted if c not in alone]
-        for future in as_completed(rest):
-            if error := future.exception():
-                pool.shutdown(cancel_futures=True)
-                raise error
+        await one(chapter)
+    room, threads = asyncio.Semaphore(jobs), max(1, (os.cpu_count() or 1) // jobs)
+
+    async def when_there_is_room(chapter: Chapter) -> None:
+        async with room:
+            await one(chapter, threads)
+
+    try:
+        async with asyncio.TaskGroup() as group:  # an error or Ctrl-C ends the others
+            for chapter in wanted:
+                if chapter not in alone:
+                    group.create_task(when_there_is_room(chapter))
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 def refuse_strays(folder: Path) -> None:
@@ -369,15 +374,18 @@ def main() -> None:
         return summary(options.to)
     wanted = [by_name[name] for name in options.chapters or by_name]
 
-    def one(chapter: Chapter, threads: int | None = None) -> None:
+    async def one(chapter: Chapter, threads: int | None = None) -> None:
         path = options.to / chapter.notebook_path
         path.parent.mkdir(parents=True, exist_ok=True)
         forced = options.all or bool(options.chapters)
         with naming(chapter.stem):
-            done = weave(chapter, path, forced, options.text, threads)
+            done = await weave(chapter, path, forced, options.text, threads)
         print(chapter.stem, done, flush=True)
 
-    check(wanted, options.to) if options.check else in_turns(wanted, one, options.jobs)
+    if options.check:
+        check(wanted, options.to)
+    else:
+        asyncio.run(in_turns(wanted, one, options.jobs))
     refuse_strays(options.to)
 
 

@@ -83,7 +83,7 @@ def purge(css: str, words: set[str]) -> str:
 
 
 def make_lighter(site: Path) -> None:
-    """Purge every style sheet of a finished site, and its font of icons."""
+    """Purge a finished site's style sheets and font of icons; shorten its notebooks."""
     words, icons = words_of(site), set()
     for path in site.glob("_static/**/*.css"):
         css = path.read_text(encoding="utf-8")
